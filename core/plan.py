@@ -1,0 +1,162 @@
+"""The pruning plan: what was kept, as data that rebuilds the model without tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prunus.core.cost import IntArray
+from prunus.core.errors import PlanError
+from prunus.core.graph import Axis, ChannelGraph, Growth
+
+_Index = Annotated[int, Field(ge=0, lt=2**31)]
+_Name = Annotated[str, Field(max_length=512)]
+Scalar = int | float | bool | str | None
+
+
+class AttributeEdit(BaseModel):
+    """A Python attribute that must follow the tensors: `module.attribute` goes from `old` to `new`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    module: _Name
+    attribute: _Name
+    old: Scalar | tuple[Scalar, ...]
+    new: Scalar | tuple[Scalar, ...]
+
+
+class ModelSource(BaseModel):
+    """How the original model is built by name."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: _Name
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class PruningPlan(BaseModel):
+    """For each group the kept units, in the coordinates of the original (grown) model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    model: ModelSource
+    grow: dict[_Name, _Index] = Field(default_factory=dict)
+    """group -> width after growth; units from the original width on are copies."""
+    keep: dict[_Name, list[_Index]] = Field(default_factory=dict)
+    axes: dict[_Name, dict[_Index, list[_Index]]] = Field(default_factory=dict)
+    """tensor -> axis -> flattened half-open runs (start, stop, start, stop...) of original indices that are left."""
+    attributes: list[AttributeEdit] = Field(default_factory=list)
+    handlers: dict[_Name, _Name] = Field(default_factory=dict)
+    """module -> name of the registered handler whose forward reads its sizes from attributes."""
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> PruningPlan:
+        for name, units in self.keep.items():
+            if any(b <= a for a, b in zip(units, units[1:], strict=False)):
+                raise ValueError(f"group {name!r}: kept units must be strictly increasing")
+        for tensor, axes in self.axes.items():
+            for axis, runs in axes.items():
+                if len(runs) % 2 or any(
+                    stop <= start for start, stop in zip(runs[::2], runs[1::2], strict=True)
+                ):
+                    raise ValueError(f"tensor {tensor!r}, axis {axis}: runs must be pairs start < stop")
+        return self
+
+    @classmethod
+    def begin(cls, model: ModelSource, graph: ChannelGraph, provenance: Mapping[str, Any]) -> PruningPlan:
+        """The plan that changes nothing."""
+        keep = {name: list(range(units)) for name, units in graph.units.items()}
+        return cls(model=model, keep=keep, provenance=dict(provenance))
+
+    def indices(self) -> dict[Axis, IntArray]:
+        """For every changed axis: the original index of each index that is left."""
+        return {
+            (tensor, axis): _from_runs(runs)
+            for tensor, axes in self.axes.items()
+            for axis, runs in axes.items()
+        }
+
+    def after_growth(
+        self,
+        graph: ChannelGraph,
+        growth: Growth,
+        attributes: Sequence[AttributeEdit] = (),
+        handlers: Mapping[str, str] | None = None,
+    ) -> PruningPlan:
+        """The plan after widening `graph` (the graph before). Raises PlanError once units were removed."""
+        if any(len(self.keep[name]) != units for name, units in graph.units.items()) or any(
+            self.keep[name] != list(range(units)) for name, units in graph.units.items()
+        ):
+            raise PlanError("a model can be grown only before anything is removed from it")
+        grow, keep = dict(self.grow), dict(self.keep)
+        for name, copied in growth.copies.items():
+            grow[name] = graph.units[name] + len(copied)
+            keep[name] = list(range(grow[name]))
+        return self._changed(growth.sources, attributes, handlers, grow=grow, keep=keep)
+
+    def after_removal(
+        self,
+        graph: ChannelGraph,
+        keep: Mapping[str, Sequence[int]],
+        attributes: Sequence[AttributeEdit] = (),
+        handlers: Mapping[str, str] | None = None,
+    ) -> PruningPlan:
+        """The plan after keeping `keep` of `graph` (the graph before, whose units are this plan's kept ones)."""
+        checked = graph.check_keep(keep)
+        kept = {name: [self.keep[name][int(i)] for i in units] for name, units in checked.items()}
+        return self._changed(graph.kept_indices(checked), attributes, handlers, keep=kept)
+
+    def _changed(
+        self,
+        sources: Mapping[Axis, IntArray],
+        attributes: Sequence[AttributeEdit],
+        handlers: Mapping[str, str] | None,
+        **fields: Any,
+    ) -> PruningPlan:
+        before = self.indices()
+        axes = {tensor: dict(runs) for tensor, runs in self.axes.items()}
+        for (tensor, axis), source in sources.items():
+            old = before.get((tensor, axis))
+            axes.setdefault(tensor, {})[axis] = _to_runs(source if old is None else old[source])
+        return self.model_copy(
+            update={
+                "axes": axes,
+                "attributes": _merged(self.attributes, attributes),
+                "handlers": {**self.handlers, **(handlers or {})},
+                **fields,
+            }
+        )
+
+    @property
+    def kept_counts(self) -> dict[str, int]:
+        return {name: len(units) for name, units in self.keep.items()}
+
+
+def _merged(first: Sequence[AttributeEdit], then: Sequence[AttributeEdit]) -> list[AttributeEdit]:
+    merged = {(e.module, e.attribute): e for e in first}
+    for edit in then:
+        earlier = merged.get((edit.module, edit.attribute))
+        merged[edit.module, edit.attribute] = (
+            edit if earlier is None else edit.model_copy(update={"old": earlier.old})
+        )
+    return list(merged.values())
+
+
+def _to_runs(indices: IntArray) -> list[int]:
+    if not len(indices):
+        return []
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    starts = indices[np.concatenate([[0], breaks])]
+    stops = indices[np.concatenate([breaks - 1, [len(indices) - 1]])] + 1
+    return [int(v) for pair in zip(starts, stops, strict=True) for v in pair]
+
+
+def _from_runs(runs: Sequence[int]) -> IntArray:
+    if not runs:
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate(
+        [np.arange(a, b, dtype=np.int64) for a, b in zip(runs[::2], runs[1::2], strict=True)]
+    )
