@@ -51,17 +51,13 @@ class UnknownNameError(ConfigError):
 class DuplicateNameError(ConfigError):
     def __init__(self, kind: str, name: str, first: str, second: str) -> None:
         self.kind, self.name, self.sources = kind, name, (first, second)
-        super().__init__(
-            f"Two {kind}s are named {name!r}: one from {first}, one from {second}. Uninstall one."
-        )
+        super().__init__(f"Two {kind}s are named {name!r}: one from {first}, one from {second}. Uninstall one.")
 
 
 class RunExistsError(ConfigError):
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        super().__init__(
-            f"{folder} holds a run already. Continue it with --resume {folder}, or pass --overwrite."
-        )
+        super().__init__(f"{folder} holds a run already. Continue it with --resume {folder}, or pass --overwrite.")
 
 
 class PlanError(PrunusError, ValueError):

@@ -121,9 +121,7 @@ class ChannelGraph:
         groups = []
         for group in self.groups.values():
             least = max(math.ceil(share * group.units), 2 if group.units >= 8 else 1, group.min_units)
-            step = (
-                math.lcm(group.multiple_of, multiple_of) if group.units > multiple_of else group.multiple_of
-            )
+            step = math.lcm(group.multiple_of, multiple_of) if group.units > multiple_of else group.multiple_of
             groups.append(replace(group, min_units=min(least, group.units), multiple_of=step))
         return ChannelGraph(groups, self.terms, self.tensors)
 
@@ -149,9 +147,7 @@ class ChannelGraph:
             for piece in group.slices:
                 found.setdefault((piece.tensor, piece.axis), []).append((name, piece))
         order = {tensor: i for i, tensor in enumerate(self.tensors)}
-        return {
-            axis: tuple(found[axis]) for axis in sorted(found, key=lambda a: (order.get(a[0], len(order)), a))
-        }
+        return {axis: tuple(found[axis]) for axis in sorted(found, key=lambda a: (order.get(a[0], len(order)), a))}
 
     def cost(self, kept_counts: Mapping[str, float] | None = None) -> Cost:
         """Exact cost when each group keeps `kept_counts` units; groups not named keep all of theirs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -55,13 +56,11 @@ class PruningPlan(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> PruningPlan:
         for name, units in self.keep.items():
-            if any(b <= a for a, b in zip(units, units[1:], strict=False)):
+            if any(b <= a for a, b in itertools.pairwise(units)):
                 raise ValueError(f"group {name!r}: kept units must be strictly increasing")
         for tensor, axes in self.axes.items():
             for axis, runs in axes.items():
-                if len(runs) % 2 or any(
-                    stop <= start for start, stop in zip(runs[::2], runs[1::2], strict=True)
-                ):
+                if len(runs) % 2 or any(stop <= start for start, stop in zip(runs[::2], runs[1::2], strict=True)):
                     raise ValueError(f"tensor {tensor!r}, axis {axis}: runs must be pairs start < stop")
         return self
 
@@ -74,9 +73,7 @@ class PruningPlan(BaseModel):
     def indices(self) -> dict[Axis, IntArray]:
         """For every changed axis: the original index of each index that is left."""
         return {
-            (tensor, axis): _from_runs(runs)
-            for tensor, axes in self.axes.items()
-            for axis, runs in axes.items()
+            (tensor, axis): _from_runs(runs) for tensor, axes in self.axes.items() for axis, runs in axes.items()
         }
 
     def after_growth(
@@ -157,6 +154,4 @@ def _to_runs(indices: IntArray) -> list[int]:
 def _from_runs(runs: Sequence[int]) -> IntArray:
     if not runs:
         return np.zeros(0, dtype=np.int64)
-    return np.concatenate(
-        [np.arange(a, b, dtype=np.int64) for a, b in zip(runs[::2], runs[1::2], strict=True)]
-    )
+    return np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in zip(runs[::2], runs[1::2], strict=True)])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
 from prunus.core.cost import FloatArray
 
 
-class Signal(str, Enum):
+class Signal(StrEnum):
     """A kind of per-unit or per-tensor statistics. Readers see fp64 numpy arrays, read-only."""
 
     WEIGHT = "weight"
