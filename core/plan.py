@@ -47,7 +47,7 @@ class PruningPlan(BaseModel):
     """group -> width after growth; units from the original width on are copies."""
     keep: dict[_Name, list[_Index]] = Field(default_factory=dict)
     axes: dict[_Name, dict[_Index, list[_Index]]] = Field(default_factory=dict)
-    """tensor -> axis -> flattened half-open runs (start, stop, start, stop...) of original indices that are left."""
+    """tensor -> axis -> the original indices that are left, as flattened half-open runs (start, stop, ...)."""
     attributes: list[AttributeEdit] = Field(default_factory=list)
     handlers: dict[_Name, _Name] = Field(default_factory=dict)
     """module -> name of the registered handler whose forward reads its sizes from attributes."""
