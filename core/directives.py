@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prunus.core.cost import FloatArray
-from prunus.core.graph import ChannelGraph
+from prunus.core.graph import ChannelGraph, Keep
 from prunus.core.plan import PruningPlan
 from prunus.core.signals import Signal, SignalReader
 
@@ -22,8 +22,6 @@ Refit = Literal["none", "bias", "least-squares", "sequential"]
 """How the kept weights are refitted to the dense model's function (methods, section 0)."""
 Gates = Mapping[str, FloatArray]
 """group -> (units,) in [0, 1] (joint-search: [0, 2]); groups not named have gates 1."""
-Keep = Mapping[str, Sequence[int]]
-"""group -> kept units; groups not named keep all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ from prunus.core.errors import PlanError
 Role = Literal["writes", "reads", "scales"]
 Axis = tuple[str, int]
 """One axis of one tensor: (tensor name, axis number)."""
+Keep = Mapping[str, "Sequence[int] | IntArray"]
+"""group -> kept units; groups not named keep all."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,7 +161,7 @@ class ChannelGraph:
             counts.update(kept_counts)
         return self.cost_model.at(self.cost_model.counts(counts))
 
-    def check_keep(self, keep: Mapping[str, Sequence[int]]) -> dict[str, IntArray]:
+    def check_keep(self, keep: Keep) -> dict[str, IntArray]:
         """`keep` as sorted index arrays, one for every group, or an error that names the broken rule."""
         checked: dict[str, IntArray] = {}
         for name in keep:
@@ -203,7 +205,7 @@ class ChannelGraph:
                 tags.setdefault(group.equal_count, []).append(name)
         return {tag: tuple(names) for tag, names in tags.items()}
 
-    def kept_indices(self, keep: Mapping[str, Sequence[int]]) -> dict[Axis, IntArray]:
+    def kept_indices(self, keep: Keep) -> dict[Axis, IntArray]:
         """For every axis that shrinks: the sorted indices that stay. Pass through `check_keep` first."""
         alive = self._alive_units(keep)
         shrunk: dict[Axis, IntArray] = {}
@@ -215,7 +217,7 @@ class ChannelGraph:
                 shrunk[axis] = np.flatnonzero(stays)
         return shrunk
 
-    def _alive_units(self, keep: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    def _alive_units(self, keep: Keep) -> dict[str, np.ndarray]:
         alive = {}
         for name, group in self.groups.items():
             mask = np.ones(group.units, dtype=bool)
@@ -225,7 +227,7 @@ class ChannelGraph:
             alive[name] = mask
         return alive
 
-    def restrict(self, keep: Mapping[str, Sequence[int]]) -> ChannelGraph:
+    def restrict(self, keep: Keep) -> ChannelGraph:
         """The graph of the model from which everything but `keep` was removed; units are renumbered 0..k-1."""
         checked = self.check_keep(keep)
         indices = self.kept_indices(checked)
@@ -271,7 +273,9 @@ class ChannelGraph:
         Raises PlanError if a width shrinks or a group cannot be widened.
         """
         rng = np.random.default_rng(seed)
-        graph, copies, sources = self, {}, {}
+        graph = self
+        copies: dict[str, IntArray] = {}
+        sources: dict[Axis, IntArray] = {}
         for name, width in widths.items():
             if name not in self.groups:
                 raise PlanError(f"unknown channel group {name!r}", group=name)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prunus.core.cost import IntArray
 from prunus.core.errors import PlanError
-from prunus.core.graph import Axis, ChannelGraph, Growth
+from prunus.core.graph import Axis, ChannelGraph, Growth, Keep
 
 _Index = Annotated[int, Field(ge=0, lt=2**31)]
 _Name = Annotated[str, Field(max_length=512)]
@@ -97,7 +97,7 @@ class PruningPlan(BaseModel):
     def after_removal(
         self,
         graph: ChannelGraph,
-        keep: Mapping[str, Sequence[int]],
+        keep: Keep,
         attributes: Sequence[AttributeEdit] = (),
         handlers: Mapping[str, str] | None = None,
     ) -> PruningPlan:
