@@ -16,6 +16,8 @@ from prunus.core.graph import Axis, ChannelGraph, Growth, Keep
 _Index = Annotated[int, Field(ge=0, lt=2**31)]
 _Name = Annotated[str, Field(max_length=512)]
 Scalar = int | float | bool | str | None
+Value = Scalar | tuple[Scalar | tuple[Scalar, ...], ...]
+"""What a Python attribute may hold; lists travel as tuples and stay lists in the module."""
 
 
 class AttributeEdit(BaseModel):
@@ -24,8 +26,8 @@ class AttributeEdit(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     module: _Name
     attribute: _Name
-    old: Scalar | tuple[Scalar, ...]
-    new: Scalar | tuple[Scalar, ...]
+    old: Value
+    new: Value
 
 
 class ModelSource(BaseModel):
