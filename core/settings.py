@@ -1,0 +1,94 @@
+"""Everything a run depends on, as one validated value: the command line's options, run.toml, provenance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from prunus.core.budget import Target
+
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class RunSettings(BaseModel):
+    """Settings of one run. None means: the adapter's default for this model and data, filled in by the session."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    plugin: Text = "gsm-anneal"
+    """Pruning method: a registered name, or package.module:Class."""
+    importance: Text | None = None
+    """Importance estimator, for the methods that rank by one (default: magnitude)."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The method's own settings (--set KEY=VALUE)."""
+    importance_config: dict[str, Any] = Field(default_factory=dict)
+    """The estimator's own settings (--set importance.KEY=VALUE)."""
+    targets: Annotated[tuple[Text, ...], Field(min_length=1, max_length=8)] = ("macs=50%",)
+    """What must remain: macs=50%, macs=900M, params=5M, size=8MB; all must hold."""
+
+    adapter: Text = "pytorch"
+    """Framework adapter, a registered name."""
+    model: Text | None = None
+    """timm/NAME, torchvision/NAME, prunus/NAME or python:module:factory."""
+    pretrained: bool = False
+    """Start from the weights that the model's library publishes."""
+    checkpoint: Path | None = None
+    """Start from this file: safetensors, or .pth read with weights_only."""
+    data: Text = "digits"
+    """digits, fashion-mnist[:DIR], a timm data set (torch/cifar10), a folder with train/ and val/, or none."""
+    teachers: tuple[Text, ...] = ()
+    """Further teachers for distillation: a model name with weights, or a finished run's folder."""
+
+    epochs: Annotated[float, Field(ge=0, le=100_000)] | None = None
+    """The method's training budget, in epochs of the train split."""
+    dense_epochs: Annotated[float, Field(ge=0, le=100_000)] | None = None
+    """Epochs that train the dense model first, where it has no weights for the data's classes."""
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """Images per training step."""
+    lr: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Peak learning rate."""
+    opt: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer: sgd (nesterov) or adamw."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Weight decay."""
+    img_size: Annotated[int, Field(ge=1, le=8192)] | None = None
+    """Side of the square input image, in pixels."""
+    train_limit: Annotated[int, Field(ge=1)] | None = None
+    """Train on at most so many images (stratified, seeded)."""
+    holdout: Annotated[float, Field(gt=0, lt=0.9)] = 0.1
+    """Share of train that is held out to judge by."""
+
+    min_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """The smallest share of its units that any group keeps."""
+    multiple_of: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Kept counts are multiples of this."""
+    verify: bool = True
+    """Check masked against pruned outputs at every removal."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random."""
+    device: Text = "cpu"
+    """cpu, cuda, cuda:1, mps, or auto."""
+    amp: bool = False
+    """Train in mixed precision."""
+    channels_last: bool = False
+    """Memory layout that convolutions like."""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Processes that load data."""
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Threads for computing; resumed runs are bit-identical only with the same number."""
+    trust: bool = False
+    """Allow code named by files (python: factories in a run folder)."""
+
+    @field_validator("targets")
+    @classmethod
+    def _targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        for text in targets:
+            Target.parse(text)
+        return targets
+
+    @property
+    def parsed_targets(self) -> tuple[Target, ...]:
+        return tuple(Target.parse(text) for text in self.targets)
