@@ -13,7 +13,6 @@ from prunus.core.directives import (
     Distillation,
     Evaluate,
     Evaluated,
-    Keep,
     Note,
     Observation,
     Refit,
