@@ -6,24 +6,11 @@ The edits belong to the plan, so that replaying one on a fresh model needs no tr
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from torch import nn
 
 from prunus.core.errors import PlanError
-
-Value = int | float | tuple["Value", ...]
-"""What a size attribute may hold; lists travel as tuples and stay lists in the module."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttributeEdit:
-    """`attribute` of the module at path `module` goes from `old` to `new`."""
-
-    module: str
-    attribute: str
-    old: Value
-    new: Value
+from prunus.core.plan import AttributeEdit
 
 
 def apply_edits(model: nn.Module, edits: Iterable[AttributeEdit]) -> None:

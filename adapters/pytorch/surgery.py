@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunus.adapters.pytorch.attributes import AttributeEdit, apply_edits
+from prunus.adapters.pytorch.attributes import apply_edits
 from prunus.adapters.pytorch.sizes import follow_tensors
 from prunus.core.cost import IntArray
 from prunus.core.errors import PlanError
-from prunus.core.graph import Axis, ChannelGraph, Growth
+from prunus.core.graph import Axis, ChannelGraph, Growth, Keep
+from prunus.core.plan import AttributeEdit
 
 NOISE = 1e-2
 """Relative noise between the copies of a duplicated unit: without it they would stay equal for ever."""
@@ -102,7 +103,7 @@ def reindex(model: nn.Module, indices: Mapping[Axis, IntArray]) -> Changes:
 def remove(
     model: nn.Module,
     graph: ChannelGraph,
-    keep: Mapping[str, Sequence[int]],
+    keep: Keep,
     edits: Iterable[AttributeEdit] = (),
 ) -> Changes:
     """Removes from `model`, in place, every unit of `graph` that is not in `keep`; then applies `edits`.

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunus.adapters.pytorch.attributes import AttributeEdit
 from prunus.adapters.pytorch.sizes import slots_after
 from prunus.adapters.pytorch.surgery import grow, reindex, remove
 from prunus.core.errors import PlanError
 from prunus.core.graph import ChannelGraph, ChannelGroup, Slice
+from prunus.core.plan import AttributeEdit
 
 
 class Stack(nn.Module):
@@ -165,7 +165,10 @@ def test_a_plan_of_another_model_is_refused_and_changes_nothing(model: Stack) ->
 
 def test_edits_that_do_not_fit_are_refused(model: Stack) -> None:
     graph = _stack_graph(model)
-    for edit in (AttributeEdit("nowhere", "dim", 1, 2), AttributeEdit("conv", "out_channels", 99, 2)):
+    for edit in (
+        AttributeEdit(module="nowhere", attribute="dim", old=1, new=2),
+        AttributeEdit(module="conv", attribute="out_channels", old=99, new=2),
+    ):
         with pytest.raises(PlanError):
             remove(model, graph, {}, [edit])
 
