@@ -1,0 +1,5 @@
+"""Traces a PyTorch model into a channel graph, with the means to prove every removal."""
+
+from prunus.adapters.pytorch.tracing.trace import LiteralSite, Trace, trace_model
+
+__all__ = ["LiteralSite", "Trace", "trace_model"]

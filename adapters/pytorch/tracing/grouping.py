@@ -1,0 +1,269 @@
+"""From alive variables to channel groups, and from labels to axis lengths in kept counts.
+
+Leaves (independent variables) belong to one group when they come from one family and occur equally often
+in every labelled axis of every tensor, literal and cost: then any of them is worth any other, counts alone
+decide every length, and every length is a polynomial of the kept counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from prunus.adapters.pytorch.tracing.labelling import Labelling, RoleMark
+from prunus.adapters.pytorch.tracing.program import Shape, Step
+from prunus.adapters.pytorch.tracing.variables import TRUE
+from prunus.core.cost import Extent, IntArray
+from prunus.core.graph import Axis, ChannelGroup, Role, Slice
+
+SINGLE = "it is a single unit"
+IRREGULAR = "its units are wired irregularly, so that no count says how long its axes become"
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Grouping:
+    """The partition of leaves into groups, and everything that is read off it."""
+
+    def __init__(self, labelling: Labelling, shapes: Mapping[str, Shape]) -> None:
+        self._labelling = labelling
+        self._shapes = shapes
+        self._variables = labelling.variables
+        self._tables: dict[int, tuple[IntArray, IntArray]] = {}
+        self._axes: dict[Axis, IntArray] = {
+            (name, axis): ids
+            for name, labels in labelling.tensors.items()
+            for axis, ids in enumerate(labels)
+            if ids is not None
+        }
+        counted = [x.ids for x in labelling.literals]
+        counted += [ids for x in labelling.multiplications for ids in x.axes]
+        for ids in (*self._axes.values(), *counted):
+            self._table(ids)
+        self._roles = self._resolve_roles()
+        self._partition()
+        self._lock_irregular()
+        self._extents: dict[int, Extent] = {}
+        self.groups = self._build()
+
+    def _table(self, ids: IntArray) -> IntArray:
+        """(n, k) leaves of a label array; the array is kept alive so that its id stays its own."""
+        found = self._tables.get(id(ids))
+        if found is None:
+            found = self._tables[id(ids)] = (ids, self._variables.leaves(ids))
+        return found[1]
+
+    def _partition(self) -> None:
+        size = self._variables.count
+        signature = np.zeros(size, dtype=np.uint64)
+        present = np.zeros(size, dtype=bool)
+        with np.errstate(over="ignore"):
+            for number, (_, table) in enumerate(self._tables.values()):
+                leaves, counts = np.unique(table, return_counts=True)
+                code = np.uint64(2 * number + 1) * _MIX
+                code ^= code >> np.uint64(29)
+                signature[leaves] += (counts.astype(np.uint64) * _MIX) ^ (code * np.uint64(0xBF58476D1CE4E5B9))
+        for ids in self._axes.values():
+            present[self._table(ids)] = True
+        present[TRUE] = False
+        leaves = np.flatnonzero(present)
+        self._reasons = self._variables.locked()
+        texts = sorted(set(self._reasons.values()))
+        number_of = {text: i + 1 for i, text in enumerate(texts)}
+        reason = np.array([number_of.get(self._reasons.get(int(v), ""), 0) for v in leaves], dtype=np.int64)
+        keys = np.stack([self._variables.family(leaves), signature[leaves].astype(np.int64), reason], axis=1)
+        _, inverse = np.unique(keys, axis=0, return_inverse=True)
+        self._group_of = np.full(size, -1, dtype=np.int64)
+        self._group_of[leaves] = inverse.reshape(-1)
+        self._count = int(inverse.max(initial=-1)) + 1
+        self._units = np.bincount(inverse.reshape(-1), minlength=self._count)
+        self._lock_of: list[str | None] = [None] * self._count
+        for leaf, group in zip(leaves, self._group_of[leaves], strict=True):
+            if self._lock_of[group] is None:
+                self._lock_of[group] = self._reasons.get(int(leaf))
+        for group in range(self._count):
+            if self._units[group] == 1 and self._lock_of[group] is None:
+                self._lock_of[group] = SINGLE
+
+    def _lock_irregular(self) -> None:
+        """Locks groups whose joint indices do not form a complete product, until none is left."""
+        while True:
+            found = False
+            for _, table in self._tables.values():
+                if table.shape[1] == 1:
+                    continue
+                for pattern, rows in self._patterns(table):
+                    if not self._complete(pattern, rows):
+                        found = True
+                        for group in pattern:
+                            self._lock_of[group] = self._lock_of[group] or IRREGULAR
+            if not found:
+                return
+
+    def _patterns(self, table: IntArray) -> Iterable[tuple[tuple[int, ...], IntArray]]:
+        """Rows of a table by the unlocked groups of their leaves: (groups, (rows, leaves))."""
+        groups = np.where(table == TRUE, -1, self._group_of[table])
+        locked = np.array([reason is not None for reason in self._lock_of], dtype=bool)
+        groups = np.where((groups >= 0) & locked[groups], -1, groups)
+        order = np.argsort(np.where(groups < 0, np.iinfo(np.int64).max, groups), axis=1, kind="stable")
+        groups, leaves = np.take_along_axis(groups, order, 1), np.take_along_axis(table, order, 1)
+        patterns, inverse = np.unique(groups, axis=0, return_inverse=True)
+        for i, pattern in enumerate(patterns):
+            width = int((pattern >= 0).sum())
+            yield tuple(int(g) for g in pattern[:width]), leaves[inverse.reshape(-1) == i][:, :width]
+
+    def _complete(self, pattern: tuple[int, ...], rows: IntArray) -> bool:
+        if len(pattern) < 2:
+            return True
+        if len(set(pattern)) != len(pattern):
+            return False
+        _, counts = np.unique(rows, axis=0, return_counts=True)
+        return len(counts) == int(np.prod(self._units[list(pattern)])) and len(set(counts.tolist())) == 1
+
+    def extent(self, ids: IntArray) -> Extent:
+        """The number of alive indices of a label array, as a polynomial of kept counts."""
+        found = self._extents.get(id(ids))
+        if found is None:
+            found = self._extents[id(ids)] = self._extent(self._table(ids))
+        return found
+
+    def _extent(self, table: IntArray) -> Extent:
+        constant, terms = 0, []
+        for pattern, rows in self._patterns(table):
+            if not pattern:
+                constant = len(rows)
+                continue
+            times = len(rows) // int(np.prod(self._units[list(pattern)]))
+            terms.append((times, tuple(self._names[g] for g in pattern)))
+        return Extent(constant, tuple(sorted(terms)))
+
+    def alive(self, ids: IntArray, keep: Mapping[str, IntArray]) -> np.ndarray:
+        """(n,) bool: which indices are left when each group keeps the units in `keep`."""
+        dead = np.zeros(self._variables.count, dtype=bool)
+        for name, units in keep.items():
+            members = self._members[name]
+            dead[members] = True
+            dead[members[units]] = False
+        return np.asarray(~dead[self._table(ids)].any(axis=1))
+
+    def _resolve_roles(self) -> dict[Axis, list[tuple[IntArray, Role]]]:
+        roles: dict[Axis, list[tuple[IntArray, Role]]] = {}
+        for mark in self._labelling.roles:
+            axis = self._marked_axis(mark)
+            if axis is not None:
+                leaves = np.unique(self._variables.leaves(mark.ids))
+                roles.setdefault(axis, []).append((leaves, mark.role))
+        return roles
+
+    def _marked_axis(self, mark: RoleMark) -> Axis | None:
+        """The tensor axis behind an axis of a weight, through whatever was computed in between."""
+        if mark.step.op == "tensor":
+            return mark.step.name, mark.axis
+        sources = [x for x in _ancestors(mark.step) if x.op == "tensor" and x.shape]
+        rank = max((len(x.shape) for x in sources), default=0)
+        for source in sources:
+            if len(source.shape) == rank and source.shape == mark.step.shapes:
+                return source.name, mark.axis
+        for source in sources:
+            for axis in range(len(source.shape)):
+                own = self._axes.get((source.name, axis))
+                if len(source.shape) == rank and own is not None and np.isin(mark.ids, own).all():
+                    return source.name, axis
+        return None
+
+    def _role(self, axis: Axis, leaves: IntArray) -> Role:
+        found = {role for marked, role in self._roles.get(axis, []) if np.isin(leaves, marked).any()}
+        for role in ("reads", "writes"):
+            if role in found:
+                return role  # type: ignore[return-value]
+        return "scales"
+
+    def _build(self) -> list[ChannelGroup]:
+        slices: dict[int, list[tuple[Axis, int, Role]]] = {}
+        for axis, ids in self._axes.items():
+            table = self._table(ids)
+            for column in range(table.shape[1]):
+                for group in np.unique(self._group_of[table[:, column][table[:, column] != TRUE]]):
+                    leaves = np.unique(table[self._group_of[table] == group])
+                    entry = (axis, column, self._role(axis, leaves))
+                    slices.setdefault(int(group), []).append(entry)
+        chosen = {g: found for g, found in slices.items() if any(role == "writes" for _, _, role in found)}
+        members = {g: self._ordered(g, found) for g, found in chosen.items()}
+        self._name(chosen, members)
+        inexact = self._touched(self._labelling.statistic_ids)
+        ungateable = self._touched(self._labelling.ungateable_ids)
+        unit = np.full(self._variables.count, -1, dtype=np.int64)
+        built = []
+        for group, found in chosen.items():
+            unit[members[group]] = np.arange(len(members[group]))
+            pieces = [
+                self._slice(axis, columns, role, group, unit) for (axis, role), columns in _merged(found).items()
+            ]
+            built.append(
+                ChannelGroup(
+                    self._names[group],
+                    len(members[group]),
+                    tuple(pieces),
+                    exact=group not in inexact,
+                    locked=self._lock_of[group],
+                    gateable=group not in ungateable,
+                )
+            )
+        self._members = {self._names[g]: leaves for g, leaves in members.items()}
+        return built
+
+    def _slice(self, axis: Axis, columns: list[int], role: Role, group: int, unit: IntArray) -> Slice:
+        table = self._table(self._axes[axis])
+        unit_of = np.full(len(table), -1, dtype=np.int64)
+        for column in columns:
+            own = self._group_of[table[:, column]] == group
+            unit_of[own] = unit[table[own, column]]
+        return Slice(axis[0], axis[1], role, unit_of)
+
+    def _ordered(self, group: int, found: list[tuple[Axis, int, Role]]) -> IntArray:
+        """The leaves of a group in the order in which its first writer has them."""
+        axis = next(axis for axis, _, role in found if role == "writes")
+        table = self._table(self._axes[axis])
+        leaves = table[self._group_of[table] == group]
+        _, first = np.unique(leaves, return_index=True)
+        return np.asarray(leaves[np.sort(first)])
+
+    def _name(self, chosen: Mapping[int, list[tuple[Axis, int, Role]]], members: Mapping[int, IntArray]) -> None:
+        """Each group is named after its first writer, numbered where that writer writes several groups."""
+        writers: dict[str, list[tuple[tuple[int, int, int], int]]] = {}
+        for group, found in chosen.items():
+            axis, column = next((axis, column) for axis, column, role in found if role == "writes")
+            table = self._table(self._axes[axis])
+            first = int(np.flatnonzero((self._group_of[table] == group).any(axis=1))[0])
+            writers.setdefault(axis[0], []).append(((axis[1], first, column), group))
+        self._names = {}
+        for tensor, entries in writers.items():
+            for number, (_, group) in enumerate(sorted(entries)):
+                self._names[group] = tensor if len(entries) == 1 else f"{tensor}#{number + 1}"
+        for group in range(self._count):
+            if group not in self._names and self._lock_of[group] is None:
+                self._lock_of[group] = "no weight writes it"
+
+    def _touched(self, marks: Iterable[IntArray]) -> set[int]:
+        touched: set[int] = set()
+        for ids in marks:
+            touched.update(int(g) for g in np.unique(self._group_of[np.unique(self._variables.leaves(ids))]))
+        return touched
+
+
+def _merged(found: list[tuple[Axis, int, Role]]) -> dict[tuple[Axis, Role], list[int]]:
+    merged: dict[tuple[Axis, Role], list[int]] = {}
+    for axis, column, role in found:
+        merged.setdefault((axis, role), []).append(column)
+    return merged
+
+
+def _ancestors(step: Step) -> list[Step]:
+    seen: dict[Step, None] = {}
+    stack = [step]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen[current] = None
+            stack.extend(current.inputs())
+    return sorted(seen, key=lambda x: x.index)

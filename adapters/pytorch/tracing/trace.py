@@ -1,0 +1,194 @@
+"""`trace_model`: what can be removed from a model, what it costs, and how to prove it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+# Importing the rules registers them.
+from prunus.adapters.pytorch.tracing import rules_contractions, rules_layers, rules_pointwise, rules_shapes
+from prunus.adapters.pytorch.tracing.capture import capture, tensor_names
+from prunus.adapters.pytorch.tracing.grouping import Grouping
+from prunus.adapters.pytorch.tracing.labelling import RULES, Contraction, Labelling, Multiplications
+from prunus.adapters.pytorch.tracing.program import Program, Step
+from prunus.core.cost import CostTerm, Extent, IntArray
+from prunus.core.errors import TraceError
+from prunus.core.graph import ChannelGraph
+
+RULE_MODULES = (rules_contractions, rules_layers, rules_pointwise, rules_shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class LiteralSite:
+    """A number in the forward pass that follows the kept counts, and so may stand in a Python attribute."""
+
+    step: int
+    """Index of the step in the captured program."""
+    op: str
+    argument: str
+    position: int | None
+    """Place within a list argument, None for a plain number."""
+    value: int
+    extent: Extent
+    """The new value."""
+    owner: str
+    """Path of the module whose forward holds the number."""
+    owner_class: str
+
+
+@dataclass(eq=False)
+class Trace:
+    """Everything known about a model after one look at it, in the coordinates of that model."""
+
+    graph: ChannelGraph
+    sites: tuple[LiteralSite, ...]
+    program: Program
+    grouping: Grouping
+    labels: Mapping[Step, Any]
+    """The labels of every step's result."""
+    contractions: Sequence[Contraction]
+    statistics: frozenset[Step]
+    unknown: Mapping[str, str]
+    """Operators that no rule knows -> the module that ran them; what they touch is locked."""
+
+    def masked_output(self, tensors: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]], inputs: Any) -> Any:
+        """What the model computes when only `keep` lives: the reference every removal is compared with.
+
+        `tensors` is the state dict of the whole model, `inputs` a tensor or the tuple of arguments; the
+        batch may be any multiple of the traced one.
+        """
+        from prunus.adapters.pytorch.oracle import Oracle
+
+        return Oracle(self, tensors, keep, mode="mask").run(inputs)
+
+    def pruned_output(self, tensors: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]], inputs: Any) -> Any:
+        """The same from the restricted tensors and re-derived literals: proves the graph, not the Python code."""
+        from prunus.adapters.pytorch.oracle import Oracle
+
+        return Oracle(self, tensors, keep, mode="prune").run(inputs)
+
+
+def trace_model(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Trace:
+    """Trace `model` as it runs in eval mode on one sample of `example_inputs`.
+
+    Parameters that only training uses (auxiliary heads) are traced in train mode as well. The model is left
+    as it was. Raises TraceError if it cannot be captured.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    program = capture(model, _batch(args, 1), kwargs)
+    names = tensor_names(model)
+    canonical = set(names.values())
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    floating = {name for name in canonical if tensors[name].is_floating_point()}
+    used = {step.name for step in program.steps if step.op == "tensor"}
+    unused = {name for name, _ in model.named_parameters()} - used
+    labelling = Labelling()
+    labels = labelling.run(program, floating.__contains__)
+    literals, multiplications = list(labelling.literals), list(labelling.multiplications)
+    contractions, statistics = list(labelling.contractions), frozenset(labelling.statistics)
+    if unused:
+        _label_training(labelling, model, args, kwargs, floating)
+        labelling.literals, labelling.multiplications = literals, multiplications
+    shapes = {name: tuple(tensors[name].shape) for name in canonical}
+    grouping = Grouping(labelling, shapes)
+    graph = ChannelGraph(
+        grouping.groups,
+        [*_macs_terms(grouping, multiplications), *_size_terms(grouping, labelling, model, tensors)],
+        {
+            name: shapes[name]
+            for name in labelling.tensors
+            if any(piece.tensor == name for group in grouping.groups for piece in group.slices)
+        },
+    )
+    sites = tuple(
+        LiteralSite(
+            x.step.index,
+            x.step.op,
+            x.argument,
+            x.position,
+            x.value,
+            grouping.extent(x.ids),
+            x.step.owner,
+            x.step.owner_class,
+        )
+        for x in literals
+        if grouping.extent(x.ids).terms
+    )
+    return Trace(graph, sites, program, grouping, labels, contractions, statistics, labelling.unknown)
+
+
+def _label_training(
+    labelling: Labelling,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    floating: set[str],
+) -> None:
+    """Auxiliary heads run in train mode only, and must follow what they read.
+
+    A train-mode forward that needs more than the example inputs (targets) cannot be captured; its extra
+    parameters then keep their sizes.
+    """
+    try:
+        program = capture(model, _batch(args, 2), kwargs, training=True)
+    except TraceError:
+        return
+    labelling.run(program, floating.__contains__)
+
+
+def _batch(args: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """The arguments with a batch of `size`, if all tensors agree on what the batch is."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if not tensors or any(x.dim() < 2 for x in tensors) or len({x.shape[0] for x in tensors}) != 1:
+        return args
+    index = np.resize(np.arange(tensors[0].shape[0]), size)
+    return tuple(x[index] if isinstance(x, Tensor) else copy.copy(x) for x in args)
+
+
+def _macs_terms(grouping: Grouping, multiplications: Sequence[Multiplications]) -> list[CostTerm]:
+    return [_term(grouping, "macs", x.step.owner or x.step.op, x.coefficient, x.axes) for x in multiplications]
+
+
+def _size_terms(
+    grouping: Grouping, labelling: Labelling, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> list[CostTerm]:
+    parameters = {name for name, _ in model.named_parameters()}
+    stored = set(model.state_dict())
+    terms = []
+    for name, tensor in tensors.items():
+        labels = labelling.tensors.get(name, [None] * tensor.dim())
+        fixed = 1
+        for size, ids in zip(tensor.shape, labels, strict=True):
+            fixed *= size if ids is None else 1
+        axes = tuple(ids for ids in labels if ids is not None)
+        if name in parameters:
+            terms.append(_term(grouping, "params", name, fixed, axes))
+        if name in stored:
+            terms.append(_term(grouping, "bytes", name, fixed * tensor.element_size(), axes))
+    return terms
+
+
+def _term(
+    grouping: Grouping, quantity: Any, source: str, coefficient: int, axes: tuple[IntArray, ...]
+) -> CostTerm:
+    """Lengths that cannot change move into the coefficient."""
+    extents = []
+    for extent in (grouping.extent(ids) for ids in axes):
+        if extent.terms:
+            extents.append(extent)
+        else:
+            coefficient *= extent.constant
+    return CostTerm(quantity, source, coefficient, tuple(extents))
+
+
+__all__ = ["RULES", "LiteralSite", "Trace", "trace_model"]
