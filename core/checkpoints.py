@@ -1,0 +1,99 @@
+"""The checkpoints of a run: whole folders that appear by one rename, the last two kept.
+
+checkpoint/000012.000/   before directive 12
+checkpoint/000012.003/   inside directive 12, at its third boundary
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunus.core.errors import JournalError
+from prunus.core.files import sync_folder
+
+KEPT = 2
+_NAME = re.compile(r"(\d{6})\.(\d{3,9})")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Checkpoint:
+    """The state from which directive `next_index` is to be executed, or continued if `boundary` is not 0."""
+
+    next_index: int
+    boundary: int
+    path: Path
+
+
+class Checkpoints:
+    """All checkpoints in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def newest_first(self) -> list[Checkpoint]:
+        if not self.folder.is_dir():
+            return []
+        found = [
+            Checkpoint(int(match[1]), int(match[2]), path)
+            for path in self.folder.iterdir()
+            if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+        ]
+        return sorted(found, reverse=True)
+
+    def write(self, next_index: int, boundary: int, save: Callable[[Path], None]) -> None:
+        """Let `save` fill a folder and move it into place. Raises OSError with the older ones untouched."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        final = self.folder / f"{next_index:06d}.{boundary:03d}"
+        temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        try:
+            temporary.mkdir()
+            save(temporary)
+            _sync_tree(temporary)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync_folder(self.folder)
+        for old in self.newest_first()[KEPT:]:
+            shutil.rmtree(old.path, ignore_errors=True)
+
+    def restore(
+        self, journaled: int, restore: Callable[[Path], None], notice: Callable[[str], None]
+    ) -> Checkpoint | None:
+        """Restore from the newest checkpoint that works and that the journal reaches; None if there is none.
+
+        A damaged one is reported, and the one before is taken.
+        """
+        for checkpoint in self.newest_first():
+            if checkpoint.next_index > journaled:
+                continue
+            try:
+                restore(checkpoint.path)
+            except JournalError as error:
+                notice(f"checkpoint {checkpoint.path.name} cannot be used ({error}); taking the one before")
+                continue
+            return checkpoint
+        return None
+
+    def forget_after(self, checkpoint: Checkpoint | None) -> None:
+        """Remove every checkpoint newer than `checkpoint` (all, if None): they belong to a discarded course."""
+        for other in self.newest_first():
+            if checkpoint is None or other > checkpoint:
+                shutil.rmtree(other.path, ignore_errors=True)
+        if self.folder.is_dir():
+            for left in self.folder.glob(".*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+    sync_folder(folder)

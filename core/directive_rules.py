@@ -1,0 +1,194 @@
+"""What a directive must satisfy before an adapter sees it. A broken rule is the plugin's fault, by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prunus.core.directives import (
+    Distillation,
+    Evaluate,
+    Gates,
+    Grow,
+    Measure,
+    Note,
+    Remove,
+    Snapshot,
+    Train,
+)
+from prunus.core.errors import PlanError, PluginError
+from prunus.core.graph import ChannelGraph, Keep
+from prunus.core.policy import PruningTask
+from prunus.core.signals import NEEDS_DATA, NEEDS_LABELS, Signal
+
+_SNAPSHOT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_SPLITS = ("train", "holdout", "calibration")
+_REFITS = ("none", "bias", "least-squares", "sequential")
+MAX_NOTE_VALUES = 100_000
+
+
+@dataclass(slots=True)
+class DirectiveRules:
+    """The rules, with what they depend on: the current graph and the snapshots taken so far."""
+
+    plugin: str
+    task: PruningTask
+    graph: ChannelGraph
+    snapshots: set[str] = field(default_factory=set)
+
+    def check(self, directive: object) -> None:
+        """Raises PluginError naming the plugin, the rule and the value."""
+        if isinstance(directive, Measure):
+            self._measure(directive)
+        elif isinstance(directive, Train):
+            self._train(directive)
+        elif isinstance(directive, Evaluate):
+            self._evaluate(directive)
+        elif isinstance(directive, Grow):
+            self._grow(directive)
+        elif isinstance(directive, Remove):
+            self._remove(directive)
+        elif isinstance(directive, Snapshot):
+            self._require(
+                bool(_SNAPSHOT.fullmatch(directive.name)), "a snapshot's name is a-z 0-9 . _ -", directive
+            )
+        elif isinstance(directive, Note):
+            self._note(directive)
+        else:
+            self._fail("it must yield directives of prunus.core", f"It yielded {type(directive).__name__}.")
+
+    def _measure(self, directive: Measure) -> None:
+        known = all(isinstance(signal, Signal) for signal in directive.signals)
+        self._require(known and bool(directive.signals), "Measure names signals of prunus.core.Signal", directive)
+        self._require(directive.split in _SPLITS, f"a split is one of {_SPLITS}", directive.split)
+        self._require(directive.images >= 1, "Measure needs at least one image", directive.images)
+        part, parts = directive.fold
+        self._require(0 <= part < parts, "a fold (k, n) has 0 <= k < n", directive.fold)
+        if not self.task.has_data and directive.signals & NEEDS_DATA:
+            self._fail(
+                "without data only Signal.WEIGHT can be measured", f"It asked for {_names(directive.signals)}."
+            )
+        if not self.task.has_labels and directive.signals & NEEDS_LABELS:
+            self._fail("without labels no gradient can be measured", f"It asked for {_names(directive.signals)}.")
+        self._gates(directive.gates, "gates", 2.0)
+
+    def _train(self, directive: Train) -> None:
+        self._require(
+            self.task.has_data and self.task.has_labels, "nothing is trained without data", "--data none"
+        )
+        self._number(directive.epochs, "Train.epochs", 0.0, 1e6)
+        if directive.lr is not None:
+            self._number(directive.lr, "Train.lr", 0.0, 1e3)
+        self._number(directive.warmup, "Train.warmup", 0.0, 1.0)
+        self._require(
+            0 <= directive.start < directive.stop <= 1, "0 <= start < stop <= 1", (directive.start, directive.stop)
+        )
+        if directive.ema is not None:
+            self._number(directive.ema, "Train.ema", 0.0, 1.0)
+        self._gates(directive.gates, "gates", 2.0)
+        self._gates(directive.decay, "decay", 1e6)
+        self._keep(directive.within, "within")
+        if directive.distil is not None:
+            self._distil(directive.distil, ema=directive.ema is not None)
+
+    def _distil(self, distil: Distillation, ema: bool) -> None:
+        self._number(distil.weight, "Distillation.weight", 0.0, 1.0)
+        self._require(distil.temperature > 0, "Distillation.temperature is positive", distil.temperature)
+        self._require(bool(distil.teachers), "Distillation names at least one teacher", distil.teachers)
+        known = {"dense", *self.task.teachers, *self.snapshots} | ({"ema"} if ema else set())
+        for teacher in distil.teachers:
+            self._require(teacher in known, f"a teacher is one of {sorted(known)}", teacher)
+
+    def _evaluate(self, directive: Evaluate) -> None:
+        has_labels = self.task.has_data and self.task.has_labels
+        self._require(has_labels, "nothing is evaluated without labelled data", "--data none")
+        self._require(directive.split in _SPLITS, f"a split is one of {_SPLITS}", directive.split)
+        self._require(directive.refit in _REFITS, f"a refit is one of {_REFITS}", directive.refit)
+        self._require(directive.images is None or directive.images >= 1, "images >= 1", directive.images)
+        if directive.model is not None:
+            known = {"dense", "ema", *self.task.teachers, *self.snapshots}
+            self._require(directive.model in known, f"a model is one of {sorted(known)}", directive.model)
+        self._gates(directive.gates, "gates", 2.0)
+        self._keep(directive.within, "within")
+
+    def _grow(self, directive: Grow) -> None:
+        self._number(directive.noise, "Grow.noise", 0.0, 1.0)
+        for name, width in directive.widths.items():
+            group = self._known(name, "widths")
+            if width < self.graph.groups[group].units:
+                self._fail("Grow does not shrink", f"{name!r} has {self.graph.groups[group].units}, got {width}.")
+            reason = self.graph.growable(name) if width > self.graph.groups[group].units else None
+            if reason is not None:
+                self._fail("Grow widens only what can be widened", f"{name!r}: {reason}.")
+
+    def _remove(self, directive: Remove) -> None:
+        self._require(directive.refit in _REFITS, f"a refit is one of {_REFITS}", directive.refit)
+        if not self.task.has_data and directive.refit != "none":
+            self._fail("without data nothing can be refitted", f"It asked for refit={directive.refit!r}.")
+        self._require(directive.images >= 1, "images >= 1", directive.images)
+        self._keep(directive.keep, "keep")
+        self._gates(directive.gates, "gates", 2.0)
+        self._gates(directive.survival, "survival", 1.0)
+
+    def _note(self, directive: Note) -> None:
+        total = 0
+        for key, value in directive.values.items():
+            items = [value] if isinstance(value, str | int | float) else list(value)
+            total += len(items)
+            for item in items:
+                if isinstance(item, str):
+                    continue
+                self._require(math.isfinite(float(item)), "a Note's numbers are finite", f"{key}={item}")
+        self._require(total <= MAX_NOTE_VALUES, f"a Note holds at most {MAX_NOTE_VALUES} values", total)
+
+    def _gates(self, gates: Gates | None, what: str, largest: float) -> None:
+        for name, values in (gates or {}).items():
+            group = self.graph.groups[self._known(name, what)]
+            array = np.asarray(values)
+            if array.shape != (group.units,):
+                self._fail(
+                    f"{what} have one number per unit", f"{name!r}: shape {array.shape}, units {group.units}."
+                )
+            if not np.isfinite(array).all():
+                self._fail(f"{what} are finite", f"{name!r} holds NaN or infinity.")
+            if array.min(initial=0) < 0 or array.max(initial=0) > largest:
+                self._fail(f"{what} lie in 0..{largest:g}", f"{name!r}: {array.min():g}..{array.max():g}.")
+
+    def _keep(self, keep: Keep | None, what: str) -> None:
+        if keep is None:
+            return
+        if not isinstance(keep, Mapping) or not all(_is_units(units) for units in keep.values()):
+            self._fail(f"{what} maps group names to whole unit numbers", f"It is {type(keep).__name__}.")
+        try:
+            self.graph.check_keep(keep)
+        except PlanError as error:
+            raise PluginError(self.plugin, f"{what} must keep to the graph's rules", f"{error}.") from error
+
+    def _known(self, name: str, what: str) -> str:
+        if name not in self.graph.groups:
+            self._fail(f"{what} name groups of the current graph", f"There is no {name!r}.")
+        return name
+
+    def _number(self, value: float, what: str, least: float, most: float) -> None:
+        finite = isinstance(value, int | float | np.floating) and math.isfinite(value)
+        self._require(finite and least <= value <= most, f"{what} lies in {least:g}..{most:g}", value)
+
+    def _require(self, holds: bool, rule: str, value: object) -> None:
+        if not holds:
+            self._fail(rule, f"Got {str(value)[:200]}.")
+
+    def _fail(self, rule: str, detail: str) -> None:
+        raise PluginError(self.plugin, rule, detail)
+
+
+def _is_units(units: object) -> bool:
+    array = np.asarray(units)
+    return array.ndim == 1 and (array.size == 0 or array.dtype.kind in "iu")
+
+
+def _names(signals: frozenset[Signal]) -> str:
+    return ", ".join(sorted(signal.value for signal in signals))
