@@ -150,7 +150,7 @@ class GatedStatistics(TorchFunctionMode):
         if self._inside is None or running_mean is not None:
             return NotImplemented
         module = self._inside
-        gate = self._standardised[module].expand(module.weight.shape).reshape(input.shape).to(input)  # type: ignore[operator, arg-type]
+        gate = self._standardised[module].expand(module.weight.shape).reshape(input.shape).to(input)  # type: ignore[arg-type]
         total = _nonzero(gate.sum(2, keepdim=True))
         mean = (input * gate).sum(2, keepdim=True) / total
         centred = input - mean

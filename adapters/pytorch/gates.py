@@ -78,8 +78,9 @@ class GatedTensor:
             for i, (group, piece) in enumerate(axis.pieces):
                 inside = piece.unit_of >= 0
                 values = per_index * axis.gate(gates, without=i) if len(axis.pieces) > 1 else per_index
-                units = int(piece.unit_of.max(initial=-1)) + 1
-                yield group, np.bincount(piece.unit_of[inside], weights=values[inside], minlength=units)
+                per_unit = np.zeros(int(piece.unit_of.max(initial=-1)) + 1)
+                np.add.at(per_unit, piece.unit_of[inside], values[inside])
+                yield group, per_unit
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
