@@ -1,0 +1,49 @@
+"""What an export produced, and the proof that it answers like the model it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ExportFormat = Literal["onnx", "program"]
+"""`onnx`: an ONNX file. `program`: a torch.export archive (.pt2)."""
+SUFFIXES: dict[ExportFormat, str] = {"onnx": ".onnx", "program": ".pt2"}
+TOLERANCE = 1e-4
+"""Largest difference to the model's own output that an export may show, as a share of the largest output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """One comparison of the exported file with the model."""
+
+    inputs: Literal["random", "real"]
+    batch: int
+    max_error: float
+    """Largest absolute difference over all outputs."""
+    scale: float
+    """Largest absolute value in the model's own outputs."""
+
+    @property
+    def relative_error(self) -> float:
+        """`max_error` as a share of `scale`; absolute where the model answers with zeros."""
+        return self.max_error / (self.scale or 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """One written file."""
+
+    path: Path
+    format: ExportFormat
+    bytes: int
+    dynamic_batch: bool
+    """True if the file takes any batch size; otherwise only the one in `checks`."""
+    checks: tuple[Parity, ...]
+    notes: tuple[str, ...] = ()
+    """What the user should know: why the batch size is fixed."""
+
+    @property
+    def max_error(self) -> float:
+        """The worst relative error of all comparisons."""
+        return max(check.relative_error for check in self.checks)
