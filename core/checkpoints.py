@@ -6,6 +6,8 @@ checkpoint/000012.003/   inside directive 12, at its third boundary
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,6 +19,7 @@ from prunus.core.errors import JournalError
 from prunus.core.files import sync_folder
 
 KEPT = 2
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"(\d{6})\.(\d{3,9})")
 
 
@@ -53,6 +56,7 @@ class Checkpoints:
         try:
             temporary.mkdir()
             save(temporary)
+            (temporary / MANIFEST).write_text(json.dumps(_checksums(temporary), indent=0))
             _sync_tree(temporary)
             if final.exists():
                 shutil.rmtree(final)
@@ -74,6 +78,7 @@ class Checkpoints:
             if checkpoint.next_index > journaled:
                 continue
             try:
+                _check_manifest(checkpoint.path)
                 restore(checkpoint.path)
             except JournalError as error:
                 notice(f"checkpoint {checkpoint.path.name} cannot be used ({error}); taking the one before")
@@ -89,6 +94,28 @@ class Checkpoints:
         if self.folder.is_dir():
             for left in self.folder.glob(".*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with path.open("rb") as handle:
+                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return sums
+
+
+def _check_manifest(folder: Path) -> None:
+    try:
+        promised = json.loads((folder / MANIFEST).read_text("utf-8"))
+        found = _checksums(folder)
+    except (OSError, ValueError) as error:
+        raise JournalError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    if not isinstance(promised, dict):
+        raise JournalError(f"{folder / MANIFEST} is damaged")
+    if promised != found:
+        wrong = sorted(name for name in {*promised, *found} if promised.get(name) != found.get(name))
+        raise JournalError(f"{folder / wrong[0]} is damaged: its checksum does not match")
 
 
 def _sync_tree(folder: Path) -> None:

@@ -20,7 +20,7 @@ from prunus.core.directives import (
     Snapshot,
     Train,
 )
-from prunus.core.errors import PlanError, PluginError
+from prunus.core.errors import PlanError, PluginError, PrunusError
 from prunus.core.graph import ChannelGraph, Keep
 from prunus.core.policy import PruningTask
 from prunus.core.signals import NEEDS_DATA, NEEDS_LABELS, Signal
@@ -42,6 +42,16 @@ class DirectiveRules:
 
     def check(self, directive: object) -> None:
         """Raises PluginError naming the plugin, the rule and the value."""
+        try:
+            self._check(directive)
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, PrunusError):
+                raise
+            raise PluginError(
+                self.plugin, "a directive's fields have the declared types", f"{type(directive).__name__}: {error}."
+            ) from error
+
+    def _check(self, directive: object) -> None:
         if isinstance(directive, Measure):
             self._measure(directive)
         elif isinstance(directive, Train):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from prunus.core.adapter import Watcher
 from prunus.core.budget import Budget, Target
 from prunus.core.cost import FloatArray, IntArray
 from prunus.core.directives import (
@@ -102,6 +103,7 @@ class SimulatedAdapter:
         """`options` override fields of groups, `covariances=False` withholds them as for very wide readers."""
         rng = np.random.default_rng(seed)
         self._seed, self._trainings, self._covariances = seed, 0, covariances
+        self._watcher: Watcher | None = None
         self._original = mlp_graph(widths, **options).with_floors(min_share)
         data = clustered_data(widths[0], widths[-1], samples, rng)
         parts = {"holdout": slice(0, samples // 4), "train": slice(samples // 4, None)}
@@ -121,6 +123,9 @@ class SimulatedAdapter:
     def weights(self) -> dict[str, FloatArray]:
         """The model as it is now."""
         return self._state.weights
+
+    def watch(self, watcher: Watcher) -> None:
+        self._watcher = watcher
 
     def trace(self) -> ChannelGraph:
         return self._original
@@ -219,6 +224,8 @@ class SimulatedAdapter:
             hits.append(float((seen[-1].argmax(axis=1) == batch.y).mean()))
             if not np.isfinite(losses[-1]):
                 raise TrainingError(f"the loss is {losses[-1]} at step {step}; lower --lr", step=step)
+            if self._watcher is not None:
+                self._watcher.progress(directive.label, step + 1, steps, losses[-1], rate)
         macs = 3.0 * state.graph.cost().macs * steps * BATCH
         return Trained(float(np.mean(losses[-per_epoch:])), float(np.mean(hits[-per_epoch:])), macs, steps)
 
