@@ -22,9 +22,12 @@ from prunus.adapters.pytorch.inputs import IMAGENET_MEAN, IMAGENET_STD, InputKin
 from prunus.adapters.pytorch.zoo import ZOO
 from prunus.core.errors import LoadError
 
+_INSTEAD = "give --checkpoint FILE instead"
 _FORBIDDEN = frozenset(
-    "pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict checkpoint_path cache_dir "
-    "weights weights_backbone scriptable exportable features_only".split()
+    {
+        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path"),
+        *("cache_dir", "weights", "weights_backbone", "scriptable", "exportable", "features_only"),
+    }
 )
 """Keywords that reach for files or change what is built into something else."""
 
@@ -87,12 +90,12 @@ class TimmFamily(Family):
     def require(self, short: str) -> None:
         if not is_model(short):
             raise _unknown("timm", short, timm.list_models())
-        tag = short.partition(".")[2]
-        if tag and get_pretrained_cfg(short) is None:
-            tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{short.partition('.')[0]}.*")]
-            raise LoadError(
-                f"timm/{short}: no weights are tagged {tag!r}; known tags: {', '.join(tags) or 'none'}"
-            )
+        try:
+            get_pretrained_cfg(short)
+        except RuntimeError:
+            name, _, tag = short.partition(".")
+            tags = ", ".join(found.partition(".")[2] for found in timm.list_pretrained(f"{name}.*"))
+            raise LoadError(f"timm/{name}: no weights are tagged {tag!r}; known: {tags or 'none'}") from None
 
     def construct(self, short: str, options: Mapping[str, Any]) -> nn.Module:
         with _one_line(f"timm/{short} cannot be built"):
@@ -122,9 +125,7 @@ class TimmFamily(Family):
         cfg = get_pretrained_cfg(short)
         if cfg is None or not cfg.has_weights:
             return super().pretrained(short, options)
-        with _one_line(
-            f"the pretrained weights of timm/{short} cannot be loaded", "give --checkpoint FILE instead"
-        ):
+        with _one_line(f"the pretrained weights of timm/{short} cannot be loaded", _INSTEAD):
             return timm.create_model(short, pretrained=True, **_safe(options)), int(cfg.num_classes)
 
 
@@ -192,9 +193,7 @@ class TorchvisionFamily(Family):
         published = len(best.meta["categories"]) if "categories" in best.meta else None
         wanted = _safe(options)
         classes = wanted.pop("num_classes", None)
-        with _one_line(
-            f"the pretrained weights of torchvision/{short} cannot be loaded", "give --checkpoint FILE instead"
-        ):
+        with _one_line(f"the pretrained weights of torchvision/{short} cannot be loaded", _INSTEAD):
             module = torchvision.models.get_model(short, weights=best, **wanted)
         if classes is None or classes == published:
             return module, published

@@ -75,7 +75,8 @@ class InputSpec:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> InputSpec:
         """What `to_json` gave, after a trip through JSON (where tuples become lists)."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**plain)
 
 
 def _spread(values: Iterable[float], channels: int) -> tuple[float, ...]:

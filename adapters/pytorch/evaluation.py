@@ -1,0 +1,54 @@
+"""Loss and accuracy of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from prunus.adapters.pytorch.batches import Batch
+from prunus.adapters.pytorch.distillation import logits_of
+from prunus.core.directives import Evaluated
+from prunus.core.errors import LoadError, TrainingError
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode for the block; afterwards every submodule is in the mode it was in."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for submodule, mode in modes:
+            submodule.training = mode
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, batches: Iterable[Batch], device: str = "cpu") -> Evaluated:
+    """Mean cross-entropy and top-1 share over all images, in eval mode and float32.
+
+    Raises TrainingError if an output is NaN or infinite, LoadError if there is no image or a label is
+    beyond the model's classes.
+    """
+    loss, right, samples = 0.0, 0, 0
+    with evaluating(module):
+        for images, labels in batches:
+            images, labels = images.to(device), labels.to(device)
+            logits = logits_of(module(images)).float()
+            if not bool(torch.isfinite(logits).all()):
+                raise TrainingError("the model's outputs are NaN or infinite; nothing can be evaluated")
+            if int(labels.max()) >= logits.shape[1]:
+                raise LoadError(
+                    f"the data has a class {int(labels.max())}, the model knows {logits.shape[1]} classes"
+                )
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            right += int((logits.argmax(1) == labels).sum())
+            samples += len(labels)
+    if not samples:
+        raise LoadError("there is no image to evaluate on")
+    return Evaluated(loss=loss / samples, accuracy=right / samples, samples=samples)

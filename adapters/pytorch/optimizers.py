@@ -1,0 +1,80 @@
+"""What training is done with: optimizer, numbers, memory layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from prunus.core.errors import ConfigError
+
+OptimizerName = Literal["sgd", "adamw"]
+Amp = Literal["off", "bf16", "auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """The run's choices, the same for all its trainings."""
+
+    lr: float = 0.1
+    """Peak learning rate where a directive names none."""
+    optimizer: OptimizerName = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    """Of weights with two axes or more; norms and biases do not decay."""
+    clip: float | None = None
+    """Largest norm of all gradients together."""
+    device: str = "cpu"
+    amp: Amp = "off"
+    """`auto`: bfloat16 where the processor multiplies it natively."""
+    channels_last: bool = True
+
+    def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """SGD with Nesterov's momentum, or AdamW, over the parameters that train."""
+        trained = [p for p in module.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            raise ConfigError("the model has no parameter that trains")
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=self.lr)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Where the forward pass happens."""
+        kind = torch.device(self.device).type
+        if self.amp == "off" or (self.amp == "auto" and not fast_bfloat16(kind)):
+            return nullcontext()
+        return torch.autocast(kind, dtype=torch.bfloat16)
+
+
+def fast_bfloat16(device: str) -> bool:
+    """True where bfloat16 is faster than float32: avx512_bf16 or AMX on a processor, CUDA of 8.0 or later."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@contextmanager
+def channels_last(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """Weights of convolutions in the layout that is fastest to train, in the usual one afterwards.
+
+    Saved weights are in the usual layout, and kernels of another layout round differently: a model must
+    answer the same before it is saved and after it is loaded.
+    """
+    if wanted:
+        module.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        if wanted:
+            module.to(memory_format=torch.contiguous_format)
