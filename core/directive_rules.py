@@ -47,9 +47,8 @@ class DirectiveRules:
         except (TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PrunusError):
                 raise
-            raise PluginError(
-                self.plugin, "a directive's fields have the declared types", f"{type(directive).__name__}: {error}."
-            ) from error
+            rule = "a directive's fields have the declared types"
+            raise PluginError(self.plugin, rule, f"{type(directive).__name__}: {error}.") from error
 
     def _check(self, directive: object) -> None:
         if isinstance(directive, Measure):
