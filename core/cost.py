@@ -34,7 +34,7 @@ class Cost:
 
     def share_of(self, dense: Cost) -> dict[Quantity, float]:
         """Each quantity as a fraction of `dense`."""
-        return {q: getattr(self, q) / max(getattr(dense, q), 1) for q in QUANTITIES}
+        return {q: getattr(self, q) / (getattr(dense, q) or 1) for q in QUANTITIES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class CostTerm:
 
     quantity: Quantity
     source: str
-    coefficient: int
+    coefficient: float
+    """An integer for what is counted, so that it is exact; seconds for what is measured."""
     extents: tuple[Extent, ...] = ()
 
 

@@ -47,7 +47,7 @@ class _TermRecord(BaseModel):
     model_config = ConfigDict(extra="forbid")
     quantity: Quantity
     source: _Name
-    coefficient: int
+    coefficient: int | Annotated[float, Field(allow_inf_nan=False)]
     extents: list[_ExtentRecord]
 
 

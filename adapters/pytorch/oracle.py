@@ -94,12 +94,16 @@ class Oracle:
     def _call(self, step: Step, values: Mapping[Step, Any]) -> Any:
         arguments = {name: _resolve(x, values) for name, x in step.arguments.items()}
         if self._mode == "prune":
-            return self._checked(step, call(step, _unaliased(step, self._literals(step, arguments))))
+            return self._checked(step, self.execute(step, _unaliased(step, self._literals(step, arguments))))
         if step in self._trace.statistics:
             return self._restricted_call(step, arguments)
         for contraction in self._contracted.get(step.index, ()):
             self._zero(arguments, contraction)
         return call(step, _unaliased(step, arguments))
+
+    def execute(self, step: Step, arguments: dict[str, Any]) -> Any:
+        """One operator of a pruned pass; what times operators overrides it."""
+        return call(step, arguments)
 
     def _restricted_call(self, step: Step, arguments: dict[str, Any]) -> Any:
         """Statistics over the living: restrict every operand, run, put zeros back where nothing lives."""
