@@ -154,7 +154,7 @@ class _Flattener:
         args = fx.node.map_arg(node.args, environment.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, environment.__getitem__)
         if node.target is operator.getitem and isinstance(args[0], list | tuple):
-            return args[0][args[1]]  # type: ignore[index]
+            return args[0][args[1]]
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return self._inline(node, args, owner)
         if node.target is operator.getitem:

@@ -175,7 +175,7 @@ class Grouping:
         found = {role for marked, role in self._roles.get(axis, []) if np.isin(leaves, marked).any()}
         for role in ("reads", "writes"):
             if role in found:
-                return role  # type: ignore[return-value]
+                return role
         return "scales"
 
     def _build(self) -> list[ChannelGroup]:

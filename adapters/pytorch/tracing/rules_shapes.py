@@ -302,10 +302,8 @@ def repeat(t: Labelling, s: Step) -> Labels:
     result: Labels = []
     for axis, size in enumerate(s.shape):
         at = axis - added
-        if at < 0 or labels[at] is None:
-            result.append(None)
-        else:
-            result.append(np.tile(labels[at], size // x.shape[at]))  # type: ignore[arg-type]
+        ids = labels[at] if at >= 0 else None
+        result.append(None if ids is None else np.tile(ids, size // x.shape[at]))
     return result
 
 
