@@ -11,7 +11,6 @@ attributes and base class, and installing changes no output. No source is rewrit
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -104,8 +103,17 @@ def _qualified(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-@functools.cache
-def _handled(original: type, name: str) -> type:
+_KINDS: dict[tuple[Any, str], Any] = {}
+
+
+def _handled(original: Any, name: str) -> Any:
+    key = original, name
+    if key not in _KINDS:
+        _KINDS[key] = _subclass(original, name)
+    return _KINDS[key]
+
+
+def _subclass(original: Any, name: str) -> Any:
     body = {
         "forward": known()[name].forward,
         "_prunus_handler": name,
@@ -122,6 +130,6 @@ def _reduce(module: nn.Module, protocol: object) -> tuple[Any, ...]:
     return _blank, (kind.__bases__[0], handled_name(module)), module.__dict__
 
 
-def _blank(original: type, name: str) -> Any:
+def _blank(original: Any, name: str) -> Any:
     kind = _handled(original, name)
     return kind.__new__(kind)

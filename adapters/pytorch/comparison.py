@@ -1,0 +1,134 @@
+"""Pruned against masked: the measurement behind law 1."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from prunus.adapters.pytorch.tracing import Trace
+from prunus.core.directives import Verification
+from prunus.core.errors import VerificationError
+from prunus.core.graph import Keep
+
+TOLERANCE = 1e-4
+"""Largest accepted difference, relative to the largest output."""
+
+
+def compare(
+    pruned: nn.Module,
+    trace: Trace,
+    tensors: Mapping[str, Tensor],
+    keep: Keep,
+    args: tuple[Any, ...],
+    *,
+    tolerance: float = TOLERANCE,
+) -> Verification:
+    """The difference between `pruned` in eval mode and the masked reference, on `args`.
+
+    `tensors` is the state (parameters and buffers) of the traced model before the removal, `keep` the
+    units that stay. A difference beyond `tolerance` is looked at again in float64, where the model runs
+    in it; one that remains raises VerificationError.
+    """
+    whole = {group: keep.get(group, range(units)) for group, units in trace.graph.units.items()}
+    worst = _measured(pruned, trace, tensors, whole, args)
+    if not _relative(worst) <= tolerance:
+        worst = _in_double(pruned, trace, tensors, whole, args) or worst
+    error, scale = worst
+    if not _relative(worst) <= tolerance:
+        raise VerificationError(
+            f"the pruned model is not the masked one: outputs differ by {error:.3g} where the largest is "
+            f"{scale:.3g} (allowed: {tolerance:.0e} of it). Lock the groups at fault, or report the model",
+            max_error=error,
+            scale=scale,
+        )
+    return Verification("exact", error, scale)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by each of its names, as `verify` needs it; not copied."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def copied_state(model: nn.Module) -> dict[str, Tensor]:
+    """`state_of`, copied: for a model that is about to change."""
+    return {name: tensor.detach().clone() for name, tensor in state_of(model).items()}
+
+
+Worst = tuple[float, float]
+"""Largest absolute difference of the worst output, and that output's largest absolute value."""
+
+
+def _measured(
+    pruned: nn.Module,
+    trace: Trace,
+    tensors: Mapping[str, Tensor],
+    keep: Mapping[str, Any],
+    args: tuple[Any, ...],
+) -> Worst:
+    with torch.no_grad(), evaluating(pruned):
+        got = pruned(*args)
+        expected = trace.masked_output(tensors, keep, args)
+    return distance(got, expected)
+
+
+def _in_double(
+    pruned: nn.Module,
+    trace: Trace,
+    tensors: Mapping[str, Tensor],
+    keep: Mapping[str, Any],
+    args: tuple[Any, ...],
+) -> Worst | None:
+    """The same in float64; None for a model that insists on float32 somewhere."""
+    try:
+        return _measured(copy.deepcopy(pruned).double(), trace, _double(tensors), keep, _double(args))
+    except RuntimeError:
+        return None
+
+
+def distance(got: Any, expected: Any) -> Worst:
+    """Over all output tensors, the worst; infinite where shapes, numbers of outputs or NaNs differ."""
+    found = [leaf for leaf in pytree.tree_leaves(got) if isinstance(leaf, Tensor)]
+    wanted = [leaf for leaf in pytree.tree_leaves(expected) if isinstance(leaf, Tensor)]
+    if not wanted or [leaf.shape for leaf in found] != [leaf.shape for leaf in wanted]:
+        return float("inf"), 0.0
+    worst: Worst = (0.0, 0.0)
+    for a, b in zip(found, wanted, strict=True):
+        if b.numel():
+            error, scale = float((a.double() - b.double()).abs().max()), float(b.double().abs().max())
+            worst = max(worst, (error if math.isfinite(error) else math.inf, scale), key=_rank)
+    return worst
+
+
+def _relative(worst: Worst) -> float:
+    error, scale = worst
+    return error / scale if scale else error
+
+
+def _rank(worst: Worst) -> Worst:
+    return _relative(worst), worst[1]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _double(value: Any) -> Any:
+    return pytree.tree_map(
+        lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+        dict(value) if isinstance(value, Mapping) else value,
+    )

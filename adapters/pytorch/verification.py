@@ -1,0 +1,78 @@
+"""A model made ready for pruning, and the proof that every removal from it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunus.adapters.pytorch.attributes import Bindings, bind_attributes
+from prunus.adapters.pytorch.certification import certify
+from prunus.adapters.pytorch.comparison import TOLERANCE, compare, state_of
+from prunus.adapters.pytorch.equal_counts import reconcile
+from prunus.adapters.pytorch.handlers import handled_name, install_handlers, needed
+from prunus.adapters.pytorch.inputs import InputSpec
+from prunus.adapters.pytorch.tracing import Trace, trace_model
+from prunus.core.directives import Verification
+from prunus.core.graph import ChannelGraph, Keep
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What removal and growth need to know of a model."""
+
+    trace: Trace
+    bindings: Bindings
+    """`bindings.edits(counts before, counts after)`: the attributes that follow."""
+    handlers: Mapping[str, str]
+    """module -> the handler it runs; belongs into every plan of this model."""
+
+    @property
+    def graph(self) -> ChannelGraph:
+        """The certified graph: constraints of the Python code and locks included."""
+        return self.trace.graph
+
+
+def prepare(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certified: bool = True) -> Prepared:
+    """Traces `model` and makes it ready for pruning, in place; its function does not change.
+
+    Layers that hard-code sizes get their handlers. With `certified` (the default) random removals are
+    tried on copies, and what the forward pass cannot follow is locked, with the reason. Raises TraceError
+    if the model cannot be captured.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    install_handlers(model, needed(model))
+    handlers = {path: name for path, module in model.named_modules() if (name := handled_name(module))}
+    trace = trace_model(model, args)
+    one = tuple(x[:1] if isinstance(x, Tensor) else x for x in args)
+    bindings = bind_attributes(model, trace, one)
+    trace.graph = reconcile(trace.graph, bindings.conflicts)
+    if certified:
+        trace.graph = certify(model, trace, bindings, one)
+    return Prepared(trace, bindings, handlers)
+
+
+def verify(
+    pruned: nn.Module,
+    prepared: Prepared,
+    tensors: Mapping[str, Tensor],
+    keep: Keep,
+    inputs: InputSpec | Tensor | tuple[Any, ...],
+    *,
+    tolerance: float = TOLERANCE,
+) -> Verification:
+    """Masked against pruned (law 1) on `inputs`, or on random ones of a given kind.
+
+    `tensors` is the state of the prepared model, in its shapes and with the weights from before the
+    removal; `keep` what is left of it. Raises VerificationError where they differ by more than
+    `tolerance` of the largest output, in float64 where float32 is too coarse.
+    """
+    if isinstance(inputs, InputSpec):
+        inputs = inputs.example(2)
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    return compare(pruned, prepared.trace, tensors, keep, args, tolerance=tolerance)
+
+
+__all__ = ["Prepared", "prepare", "state_of", "verify"]
