@@ -206,6 +206,7 @@ class SimulatedAdapter:
         per_epoch = -(-len(data) // BATCH)
         steps = max(1, round(directive.epochs * per_epoch))
         losses, hits = [], []
+        average = dict(state.weights)
         for step in range(steps):
             if step % per_epoch == 0:
                 order = rng.permutation(len(data))
@@ -220,12 +221,19 @@ class SimulatedAdapter:
             self._decay(state, gradients, directive.decay)
             for name, gradient in gradients.items():
                 state.weights[name] = state.weights[name] - rate * gradient
+            if directive.ema is not None:
+                average = {
+                    name: directive.ema * average[name] + (1 - directive.ema) * weight
+                    for name, weight in state.weights.items()
+                }
             losses.append(float(cross_entropy(seen[-1], batch.y).mean()))
             hits.append(float((seen[-1].argmax(axis=1) == batch.y).mean()))
             if not np.isfinite(losses[-1]):
                 raise TrainingError(f"the loss is {losses[-1]} at step {step}; lower --lr", step=step)
             if self._watcher is not None:
                 self._watcher.progress(directive.label, step + 1, steps, losses[-1], rate)
+        if directive.ema is not None:
+            self._snapshots["ema"] = _State(average, state.graph, state.plan)
         macs = 3.0 * state.graph.cost().macs * steps * BATCH
         return Trained(float(np.mean(losses[-per_epoch:])), float(np.mean(hits[-per_epoch:])), macs, steps)
 

@@ -1,0 +1,72 @@
+"""What a search has spent, in MACs, against what it may spend.
+
+The allowance is `epochs` x the cost of one epoch of the *original* network: 3 x its forward MACs x images.
+Everything counts: training (3 forwards per image, teachers' forwards included, as `Trained.macs` says),
+and the search's own forward passes, evaluations and refits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from prunus.core.cost import Cost
+from prunus.core.directives import Directive, Observation, Train, Trained
+from prunus.core.errors import PluginError
+from prunus.core.graph import ChannelGraph
+
+
+class TrainingLedger:
+    """Counts in MACs; how many images an epoch has is learned from the first training."""
+
+    def __init__(self, epochs: float, original: Cost) -> None:
+        self._epochs, self._forward = epochs, max(original.macs, 1.0)
+        self._images_per_epoch: float | None = None
+        self.trained = 0.0
+        self.searched = 0.0
+
+    def train(self, graph: ChannelGraph, directive: Train) -> Generator[Directive, Observation, None]:
+        """Carry out a training and enter it. Nothing happens once the allowance is used up."""
+        if directive.epochs <= 0:
+            return
+        answer = yield directive
+        if not isinstance(answer, Trained):
+            raise PluginError("joint-search", "Train is answered by Trained", repr(type(answer).__name__))
+        if self._images_per_epoch is None:
+            self._images_per_epoch = answer.macs / (3.0 * max(graph.cost().macs, 1.0) * directive.epochs)
+        self.trained += answer.macs
+
+    def epochs_left(self, graph: ChannelGraph, factor: float = 1.0) -> float:
+        """Epochs that `graph` can still be trained; `factor` is 1 plus the teachers' share."""
+        if self._images_per_epoch is None:
+            return self._epochs
+        per_epoch = 3.0 * max(graph.cost().macs, 1.0) * self._images_per_epoch * factor
+        return max(0.0, (self._allowance - self.trained - self.searched) / per_epoch)
+
+    def add_forward(self, graph: ChannelGraph, images: int) -> None:
+        self.searched += graph.cost().macs * images
+
+    def add_backward(self, graph: ChannelGraph, images: int) -> None:
+        self.searched += 3.0 * graph.cost().macs * images
+
+    def add_refit(self, before: ChannelGraph, after: ChannelGraph, images: int) -> None:
+        """A sequential refit sees every image by both networks."""
+        self.searched += (before.cost().macs + after.cost().macs) * images
+
+    @property
+    def search_share(self) -> float:
+        """What the search's own forward passes took of the allowance, 0..1."""
+        return self.searched / max(self._allowance, 1.0)
+
+    @property
+    def _allowance(self) -> float:
+        return 3.0 * self._forward * (self._images_per_epoch or 0.0) * self._epochs
+
+    def summary(self) -> dict[str, float]:
+        """In epochs of the original network."""
+        epoch = 3.0 * self._forward * max(self._images_per_epoch or 0.0, 1.0)
+        return {
+            "allowed_epochs": self._epochs,
+            "trained_epochs": self.trained / epoch,
+            "searched_epochs": self.searched / epoch,
+            "macs": self.trained + self.searched,
+        }
