@@ -158,8 +158,8 @@ class Evaluated:
 class Verification:
     """Masked against pruned (law 1): the largest absolute difference and the scale of the outputs."""
 
-    kind: Literal["exact", "kept-statistics", "skipped"]
-    """`kept-statistics`: some norm's statistics run over removed units; the reference takes them over the kept."""
+    kind: Literal["exact", "skipped"]
+    """`exact`: compared with the masked model, whose norms take statistics over the kept units; `skipped`: not asked."""
     max_error: float
     scale: float
 

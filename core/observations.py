@@ -44,7 +44,7 @@ class _EvaluatedRecord(_Record):
 
 
 class _VerificationRecord(_Record):
-    kind: Literal["exact", "kept-statistics", "skipped"]
+    kind: Literal["exact", "skipped"]
     max_error: float
     scale: float
 

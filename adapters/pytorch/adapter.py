@@ -1,0 +1,456 @@
+"""`PyTorchAdapter`: carries out a policy's directives on one model.
+
+Reads like the life of a run: measure, evaluate, train, grow, remove, snapshot, checkpoint, restore. What a
+directive does to tensors is in the modules that this one calls; here is who is called, and in which order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.adapters.pytorch import surgery
+from prunus.adapters.pytorch.artifact import apply_plan
+from prunus.adapters.pytorch.averaging import WeightAverage
+from prunus.adapters.pytorch.batches import Batches, DataBundle
+from prunus.adapters.pytorch.distillation import Teacher, classification_loss
+from prunus.adapters.pytorch.evaluation import evaluate
+from prunus.adapters.pytorch.gating import Gating, fold
+from prunus.adapters.pytorch.inputs import InputSpec
+from prunus.adapters.pytorch.lineage import kept_of, kept_since, map_back, scattered, shapes_of, spread
+from prunus.adapters.pytorch.optimizer_state import carry_state
+from prunus.adapters.pytorch.optimizers import TrainingSettings
+from prunus.adapters.pytorch.prunable import Prunable, make_prunable
+from prunus.adapters.pytorch.recalibration import recalibrate
+from prunus.adapters.pytorch.refit import refit
+from prunus.adapters.pytorch.run_state import (
+    SavedModel,
+    read_counters,
+    read_model,
+    restore_optimizer,
+    write_state,
+)
+from prunus.adapters.pytorch.signals import measure
+from prunus.adapters.pytorch.training import Job, Progress, Trainer
+from prunus.adapters.pytorch.unit_decay import UnitDecay
+from prunus.adapters.pytorch.verification import verify
+from prunus.adapters.pytorch.weights import load_strictly
+from prunus.core.adapter import Watcher
+from prunus.core.cost import FloatArray
+from prunus.core.directives import (
+    Changed,
+    Evaluate,
+    Evaluated,
+    Gates,
+    Grow,
+    Measure,
+    Refit,
+    Remove,
+    Snapshot,
+    Train,
+    Trained,
+    Verification,
+)
+from prunus.core.errors import ConfigError, JournalError, LoadError, PlanError
+from prunus.core.graph import ChannelGraph, Keep
+from prunus.core.plan import AttributeEdit, ModelSource, PruningPlan
+from prunus.core.signals import NEEDS_DATA, SignalReader
+
+TRIAL_IMAGES = 512
+"""Calibration images that refit a sub-network which is only evaluated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the model comes from: enough to make it again with fresh weights."""
+
+    source: ModelSource
+    input: InputSpec
+    build: Callable[[ModelSource], nn.Module]
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """What the run decides for all directives."""
+
+    training: TrainingSettings
+    seed: int = 0
+    min_share: float = 0.05
+    multiple_of: int = 1
+    verify: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Remembered:
+    """A model that is not trained any more, and how it descends from its original."""
+
+    model: nn.Module
+    plan: PruningPlan
+    macs: float
+    foreign: bool = False
+    """Brought by the user: not part of the run's state."""
+
+
+class PyTorchAdapter:
+    """One model, its data and everything that changes while it is pruned."""
+
+    def __init__(
+        self, model: nn.Module, origin: Origin, settings: AdapterSettings, data: DataBundle | None = None
+    ) -> None:
+        """Traces and certifies `model`, which must be the whole original. Raises TraceError."""
+        self.model = model
+        self.origin, self.settings, self.data = origin, settings, data
+        self.snapshots: dict[str, Remembered] = {}
+        self._watcher: Watcher | None = None
+        self._prunable, self._shapes = self._look_at(model)
+        self.original_graph = self._prunable.trace.graph.with_floors(settings.min_share, settings.multiple_of)
+        provenance = {**origin.provenance, "fingerprint": self.original_graph.fingerprint}
+        self.plan = PruningPlan.begin(origin.source, self.original_graph, provenance).model_copy(
+            update={"handlers": dict(self._prunable.handlers)}
+        )
+        self._base = self.original_graph  # the graph of the traced model: the original, or the grown one
+        self._base_plan = self.plan
+        self._graph = self._base
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._averaged: nn.Module | None = None
+        self._target: Remembered | None = None
+        self._state_changes = 0
+        self._epochs_done = 0
+        self.model.to(settings.training.device)
+
+    def _look_at(self, model: nn.Module) -> tuple[Prunable, dict[str, tuple[int, ...]]]:
+        return make_prunable(model, self.origin.input.example(2)), shapes_of(model)
+
+    @property
+    def graph(self) -> ChannelGraph:
+        return self._graph
+
+    @property
+    def forward_macs(self) -> float:
+        """MACs of one forward pass of one image through the model as it is."""
+        return self._graph.cost().macs
+
+    def watch(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def trace(self) -> ChannelGraph:
+        return self.original_graph
+
+    # ---- measure, evaluate ------------------------------------------------------------------------
+
+    def measure(self, directive: Measure) -> SignalReader:
+        batches: Any = ()
+        if directive.signals & NEEDS_DATA:
+            batches = self._split(directive.split).part(directive.images, directive.fold)
+        return measure(self.model, self._graph, batches, directive.signals, classification_loss, directive.gates)
+
+    def evaluate(self, directive: Evaluate) -> Evaluated:
+        batches = self._split(directive.split).part(directive.images)
+        device = self.settings.training.device
+        if directive.model is not None:
+            return evaluate(self._snapshot(directive.model).model, batches, device)
+        if directive.within is None:
+            with Gating(self.model, self._graph, directive.gates):
+                return evaluate(self.model, batches, device)
+        small, graph, gates = self._extracted(directive.within, directive.gates)
+        if directive.refit != "none":
+            self._refit(
+                small, self.plan.after_removal(self._graph, directive.within), directive.refit, TRIAL_IMAGES
+            )
+        if directive.recalibrate:
+            recalibrate(small, self._split("calibration").part(TRIAL_IMAGES))
+        with Gating(small, graph, gates):
+            return evaluate(small, batches, device)
+
+    def _split(self, name: str) -> Batches:
+        """Images without augmentation."""
+        if self.data is None:
+            raise ConfigError("this needs images, but --data is none")
+        return {
+            "train": self.data.calibration,
+            "calibration": self.data.calibration,
+            "holdout": self.data.holdout,
+            "test": self.data.test,
+        }[name]
+
+    # ---- train ------------------------------------------------------------------------------------
+
+    def train(self, directive: Train) -> Trained:
+        if self.data is None:
+            raise ConfigError("nothing can be trained: --data is none")
+        if directive.within is not None:
+            result = self._train_within(directive, directive.within)
+        else:
+            result = self._train(directive)
+        self._averaged = self._target = None
+        self._epochs_done = 0
+        self._state_changes += 1
+        return result
+
+    def _train(self, directive: Train) -> Trained:
+        average = None
+        if directive.ema is not None:
+            if self._averaged is None:
+                self._averaged = copy.deepcopy(self.model)
+            updates = self._epochs_done * self._bundle.train.steps
+            average = WeightAverage(self._averaged, self.model, directive.ema, updates)
+        job = Job(
+            directive=directive,
+            index=self._state_changes,
+            forward_macs=self.forward_macs,
+            teachers=self._teachers(directive),
+            make_hook=_gating(self.model, self._graph, directive.gates),
+            decay=UnitDecay(self.model, self._graph, directive.decay) if directive.decay else None,
+            average=average,
+            first_epoch=self._epochs_done,
+            on_epoch_end=self._epoch_ended,
+            progress=self._stepped,
+        )
+        result = self._trainer.train(self.model, self.optimizer, job)
+        if self._averaged is not None:
+            self.snapshots["ema"] = Remembered(self._averaged.eval(), self.plan, self.forward_macs)
+        return result
+
+    def _train_within(self, directive: Train, keep: Keep) -> Trained:
+        """Train an extracted copy, then map its weights back to their places."""
+        small, graph, gates = self._extracted(keep, directive.gates)
+        decay = _of_kept(directive.decay, keep)
+        job = Job(
+            directive=directive,
+            index=self._state_changes,
+            forward_macs=graph.cost().macs,
+            teachers=self._teachers(directive),
+            make_hook=_gating(small, graph, gates),
+            decay=UnitDecay(small, graph, decay) if decay else None,
+            progress=self._stepped,
+        )
+        result = self._trainer.train(small, self.settings.training.make_optimizer(small), job)
+        map_back(small, self.model, self._graph, keep)
+        return result
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """One for the whole run: its state follows every removal and growth."""
+        if self._optimizer is None:
+            self._optimizer = self.settings.training.make_optimizer(self.model)
+        return self._optimizer
+
+    @property
+    def _trainer(self) -> Trainer:
+        return Trainer(self.settings.training, self._bundle.train, self.settings.seed)
+
+    @property
+    def _bundle(self) -> DataBundle:
+        assert self.data is not None
+        return self.data
+
+    def _teachers(self, directive: Train) -> list[Teacher]:
+        names = directive.distil.teachers if directive.distil is not None else ()
+        remembered = [(name, self._snapshot(name)) for name in names]
+        return [Teacher(found.model, name, found.macs) for name, found in remembered]
+
+    def _epoch_ended(self, epochs: int) -> None:
+        self._epochs_done = epochs
+        if self._watcher is not None:
+            self._watcher.boundary()
+
+    def _stepped(self, progress: Progress) -> None:
+        if self._watcher is not None:
+            self._watcher.progress(progress.label, progress.step, progress.total, progress.loss, progress.lr)
+
+    # ---- grow, remove -----------------------------------------------------------------------------
+
+    def grow(self, directive: Grow) -> Changed:
+        before, counts = self._graph, {**self._graph.units, **directive.widths}
+        if any(len(units) != self._base.units[name] for name, units in self.plan.keep.items()):
+            raise PlanError("a model can be grown only before anything is removed from it")
+        edits = self._prunable.bindings.edits(before.units, counts)
+        wider, growth, changes = surgery.grow(
+            self.model, before, directive.widths, seed=self._seed, noise=directive.noise, edits=edits
+        )
+        if self._optimizer is not None:
+            carry_state(self._optimizer, changes)
+        self.plan = self.plan.after_growth(before, growth, edits)
+        self._rebase(wider)
+        self._state_changes += 1
+        return Changed(wider, self.plan, Verification("skipped", 0.0, 1.0))
+
+    def _rebase(self, graph: ChannelGraph) -> None:
+        """From now on `self.model` as it is, whose graph is `graph`, is what removals are compared with."""
+        device = self.settings.training.device
+        self._prunable, self._shapes = self._look_at(self.model.to("cpu"))
+        self.model.to(device)
+        self._base = self._graph = graph
+        self._base_plan = self.plan
+        self._target = None
+
+    def remove(self, directive: Remove) -> Changed:
+        before, plan = self._graph, self.plan
+        keep = before.check_keep(directive.keep)
+        if directive.gates:
+            fold(self.model, before, directive.gates)
+            self._target = None
+        target = self._target = self._target or Remembered(copy.deepcopy(self.model), plan, self.forward_macs)
+        reference = (
+            scattered(self.model, self._shapes, self._base, kept_of(plan)) if self.settings.verify else None
+        )
+        edits, changes = self._cut(self.model, keep)
+        if self._optimizer is not None:
+            carry_state(self._optimizer, changes)
+        self.plan = plan.after_removal(before, keep, edits)
+        self._graph = before.restrict(keep)
+        verification = Verification("skipped", 0.0, 1.0)
+        if reference is not None:
+            verification = self._verify(reference)
+        if directive.refit != "none":
+            survival = directive.survival
+            if survival is not None:
+                dense = self._base.restrict(kept_of(target.plan))
+                survival = spread(survival, kept_since(target.plan, plan), dense)
+            self._refit(self.model, self.plan, directive.refit, directive.images, survival)
+        refit_from = self._recalibrate(directive)
+        self._state_changes += 1
+        return Changed(self._graph, self.plan, verification, refit_from)
+
+    def _cut(self, model: nn.Module, keep: Keep) -> tuple[list[AttributeEdit], surgery.Changes]:
+        """Remove everything but `keep` from `model`: the current one, or a copy of it."""
+        before = self._graph.units
+        after = {**before, **{name: len(units) for name, units in keep.items()}}
+        edits = self._prunable.bindings.edits(before, after)
+        return edits, surgery.remove(model, self._graph, keep, edits)
+
+    def _extracted(self, keep: Keep, gates: Gates | None) -> tuple[nn.Module, ChannelGraph, Gates | None]:
+        """A copy of the current model that keeps `keep` alone, with its graph and its share of `gates`."""
+        small = copy.deepcopy(self.model)
+        self._cut(small, keep)
+        return small, self._graph.restrict(keep), _of_kept(gates, keep)
+
+    def _verify(self, reference: Mapping[str, torch.Tensor]) -> Verification:
+        device = self.settings.training.device
+        inputs = tuple(_to(x, device) for x in self.origin.input.example(2, seed=self._seed))
+        verdict = verify(self.model, self._prunable.trace, reference, kept_of(self.plan), inputs)
+        return Verification("exact", verdict.max_error, verdict.scale)
+
+    def _refit(
+        self,
+        small: nn.Module,
+        plan: PruningPlan,
+        mode: Refit,
+        images: int,
+        survival: Mapping[str, FloatArray] | None = None,
+    ) -> None:
+        """Refit `small`, whose plan is `plan`, to the function of the model as it was last trained.
+
+        Not to what an earlier refit made of it: errors of several rounds would add up.
+        """
+        if self._target is None:
+            self._target = Remembered(copy.deepcopy(self.model), self.plan, self.forward_macs)
+        dense, since = self._base.restrict(kept_of(self._target.plan)), kept_since(self._target.plan, plan)
+        batches = self._split("calibration").part(images)
+        refit(small, self._target.model, dense, dense.kept_indices(since), batches, mode, survival)
+
+    def _recalibrate(self, directive: Remove) -> float | None:
+        if directive.recalibrate == "no":
+            return None
+        calibration, device = self._split("calibration").part(directive.images), self.settings.training.device
+        if directive.recalibrate == "yes":
+            recalibrate(self.model, calibration)
+            return None
+        loss = evaluate(self.model, self._split("holdout"), device).loss
+        undo = recalibrate(self.model, calibration)
+        if evaluate(self.model, self._split("holdout"), device).loss >= loss:
+            undo()
+        return loss
+
+    # ---- snapshot, checkpoint, restore ------------------------------------------------------------
+
+    def snapshot(self, directive: Snapshot) -> None:
+        model = copy.deepcopy(self.model).eval()
+        self.snapshots[directive.name] = Remembered(model, self.plan, self.forward_macs)
+        self._state_changes += 1
+
+    def _snapshot(self, name: str) -> Remembered:
+        found = self.snapshots.get(name)
+        if found is None:
+            known = ", ".join(sorted(self.snapshots)) or "none"
+            raise ConfigError(f"there is no snapshot {name!r}; taken so far: {known}")
+        return found
+
+    @property
+    def _seed(self) -> int:
+        return self.settings.seed * 1_000_003 + self._state_changes
+
+    def checkpoint(self, folder: Path) -> None:
+        models = {"model": SavedModel(self.model, self.plan, self.forward_macs)}
+        if self._target is not None:
+            models["target"] = SavedModel(self._target.model, self._target.plan, self._target.macs)
+        if self._averaged is not None:
+            models["average"] = SavedModel(self._averaged, self.plan, self.forward_macs)
+        for name, kept in self.snapshots.items():
+            if not kept.foreign:
+                models[f"snapshot-{name}"] = SavedModel(kept.model, kept.plan, kept.macs)
+        write_state(
+            folder,
+            models,
+            self._base_plan,
+            self.model,
+            self._optimizer,
+            self._state_changes,
+            self._epochs_done,
+        )
+
+    def restore(self, folder: Path) -> None:
+        counters = read_counters(folder)
+        base_plan, source = read_base(folder), self.origin.source
+        if base_plan.model != source:
+            raise JournalError(f"{folder} is of the model {base_plan.model.name!r}, not {source.name!r}")
+        models = {name: Remembered(*self._rebuilt(folder / name), macs) for name, macs in counters.models.items()}
+        if base_plan.grow:
+            self.model, self.plan = self.origin.build(source), base_plan
+            apply_plan(self.model, base_plan)
+            self._rebase(self.original_graph.widen(base_plan.grow)[0])
+        self.model, self.plan = models["model"].model, models["model"].plan
+        self._graph = self._base.restrict(kept_of(self.plan))
+        self._target = models.get("target")
+        self._averaged = models["average"].model if "average" in models else None
+        for name, saved in models.items():
+            if name.startswith("snapshot-"):
+                saved.model.eval()
+                self.snapshots[name.removeprefix("snapshot-")] = saved
+        self._optimizer = None
+        if counters.optimizer is not None:
+            restore_optimizer(folder, counters, self.model, self.optimizer)
+        self._state_changes, self._epochs_done = counters.state_changes, counters.epochs_done
+
+    def _rebuilt(self, folder: Path) -> tuple[nn.Module, PruningPlan]:
+        """A saved model. Raises JournalError if it is damaged."""
+        plan, tensors = read_model(folder)
+        model = self.origin.build(self.origin.source)
+        try:
+            apply_plan(model, plan)
+            load_strictly(model, tensors, str(folder))
+        except (LoadError, PlanError) as error:
+            raise JournalError(str(error)) from error
+        return model.to(self.settings.training.device), plan
+
+
+def _gating(model: nn.Module, graph: ChannelGraph, gates: Gates | None) -> Callable[[], Gating] | None:
+    return None if gates is None else lambda: Gating(model, graph, gates)
+
+
+def _of_kept(values: Gates | None, keep: Keep) -> Gates | None:
+    """Per-unit values of the units that stay."""
+    if values is None:
+        return None
+    return {name: array[keep[name]] if name in keep else array for name, array in values.items()}
+
+
+def _to(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,118 @@
+"""The portable artifact: plan.json and model.safetensors rebuild the pruned model by name, without tracing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from prunus.adapters.pytorch.attributes import apply_edits
+from prunus.adapters.pytorch.catalog import construct
+from prunus.adapters.pytorch.handlers import install_handlers
+from prunus.adapters.pytorch.surgery import reindex
+from prunus.adapters.pytorch.weights import load_strictly, read_tensors, untied_state, write_tensors
+from prunus.core.errors import LoadError, VerificationError
+from prunus.core.files import write_atomically
+from prunus.core.plan import ModelSource, PruningPlan
+
+PLAN_FILE = "plan.json"
+WEIGHTS_FILE = "model.safetensors"
+MAX_PLAN_BYTES = 256 * 2**20
+
+Builder = Callable[[ModelSource], nn.Module]
+
+
+def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Give the fresh original `model` the shapes, sizes and handlers of `plan`, in place.
+
+    Weights are index-selected: for a plan that only removes, the result is the original with those units
+    gone. Raises PlanError if the plan is of another model.
+    """
+    install_handlers(model, plan.handlers)
+    reindex(model, plan.indices())
+    apply_edits(model, plan.attributes)
+
+
+def write_plan(folder: Path, plan: PruningPlan) -> None:
+    write_atomically(folder / PLAN_FILE, plan.model_dump_json(by_alias=True, indent=1))
+
+
+def read_plan(folder: Path) -> PruningPlan:
+    """Read and validate plan.json. Raises LoadError with the first thing that is wrong."""
+    path = folder / PLAN_FILE
+    try:
+        if path.stat().st_size > MAX_PLAN_BYTES:
+            raise LoadError(f"{path} is larger than {MAX_PLAN_BYTES >> 20} MiB: not a plan")
+        return PruningPlan.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise LoadError(f"{folder} holds no finished run: {PLAN_FILE} is missing") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise LoadError(f"{path} is not a valid plan: {where}: {first['msg']}") from error
+    except (OSError, RecursionError, json.JSONDecodeError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+
+
+def save_artifact(
+    folder: Path, model: nn.Module, plan: PruningPlan, build: Builder, example: torch.Tensor
+) -> None:
+    """Write `model` (the pruned one) and `plan` into `folder`, load them again and compare the outputs.
+
+    Raises VerificationError if the loaded model does not answer `example` bit for bit like `model`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, untied_state(model), {"format": "pt"})
+    write_plan(folder, plan)
+    again = _assemble(folder, build)
+    again.to(next(model.parameters()).device)
+    difference = _largest_difference(_answer(model, example), _answer(again, example))
+    if difference != 0.0:
+        raise VerificationError(
+            f"the model in {folder}, loaded again, differs by {difference:.3g} from the one in memory",
+            max_error=difference,
+            scale=1.0,
+        )
+
+
+def load(folder: str | Path, *, trust: bool = False) -> nn.Module:
+    """The pruned model of a finished run: a plain module of its original class, on the CPU, in eval mode.
+
+    `trust` allows a model named `python:module:factory`, whose code is then imported.
+    Raises LoadError or PlanError if the folder is incomplete, damaged or of another model.
+    """
+    return _assemble(Path(folder), lambda source: construct(source, allow_python=trust))
+
+
+def _assemble(folder: Path, build: Builder) -> nn.Module:
+    plan = read_plan(folder)
+    model = build(plan.model)
+    apply_plan(model, plan)
+    load_strictly(model, read_tensors(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+    return model.eval()
+
+
+def _answer(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model(*example)
+    model.train(was_training)
+    leaves, _ = tree_flatten(output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    if [t.shape for t in first] != [t.shape for t in second]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(first, second, strict=True):
+        if not torch.equal(a, b):
+            worst = max(worst, float((a.double() - b.double()).abs().max()), 5e-324)
+    return worst

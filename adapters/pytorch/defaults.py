@@ -1,0 +1,49 @@
+"""What a run does when its user says nothing: model, epochs, batch and rate, by kind of data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prunus.core.settings import RunSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Defaults that suit one kind of data."""
+
+    model: str
+    epochs: float
+    """Recovery after pruning."""
+    dense_epochs: float
+    """Training of the dense model where it has no weights for the data."""
+    batch_size: int
+    lr: float
+
+
+DIGITS = Recipe("timm/resnet10t", epochs=12, dense_epochs=12, batch_size=64, lr=0.1)
+SMALL_IMAGES = Recipe("prunus/resnet20", epochs=6, dense_epochs=10, batch_size=128, lr=0.1)
+IMAGES = Recipe("timm/resnet18", epochs=10, dense_epochs=90, batch_size=64, lr=0.05)
+
+
+def recipe_for(data: str) -> Recipe:
+    kind = data.partition(":")[0]
+    if kind in ("digits", "none"):
+        return DIGITS
+    if kind == "fashion-mnist" or kind.split("/")[-1] in ("cifar10", "cifar100", "mnist", "svhn", "kmnist"):
+        return SMALL_IMAGES
+    return IMAGES
+
+
+def filled(settings: RunSettings) -> RunSettings:
+    """`settings` with every None that the data's recipe answers filled in."""
+    recipe = recipe_for(settings.data)
+    chosen = {
+        "model": recipe.model,
+        "epochs": recipe.epochs if settings.data != "none" else 0.0,
+        "dense_epochs": recipe.dense_epochs if settings.data != "none" else 0.0,
+        "batch_size": recipe.batch_size,
+        "lr": recipe.lr if settings.opt == "sgd" else 1e-3,
+        "weight_decay": 5e-4 if settings.opt == "sgd" else 0.05,
+    }
+    update = {name: value for name, value in chosen.items() if getattr(settings, name) is None}
+    return settings.model_copy(update=update)

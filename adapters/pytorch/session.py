@@ -1,0 +1,218 @@
+"""One model and its data, opened from settings: what the command line reaches of PyTorch."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.adapters.pytorch.adapter import AdapterSettings, Origin, PyTorchAdapter, Remembered
+from prunus.adapters.pytorch.artifact import PLAN_FILE, load, read_plan, save_artifact
+from prunus.adapters.pytorch.batches import DataBundle
+from prunus.adapters.pytorch.catalog import BuiltModel, build, construct
+from prunus.adapters.pytorch.datasets import DataSource, LoadOptions, load_data, open_data
+from prunus.adapters.pytorch.defaults import filled
+from prunus.adapters.pytorch.evaluation import evaluate
+from prunus.adapters.pytorch.optimizers import TrainingSettings
+from prunus.core.adapter import Description
+from prunus.core.directives import Evaluated
+from prunus.core.errors import ConfigError, LoadError
+from prunus.core.graph import ChannelGraph
+from prunus.core.plan import ModelSource, PruningPlan
+from prunus.core.settings import RunSettings
+
+_LIBRARIES = ("torch", "torchvision", "timm", "numpy", "prunus")
+
+
+class PyTorchSession:
+    """Implements `core.adapter.Session`."""
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings = filled(settings)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._device = _device(settings.device)
+        found = open_data(settings.data)
+        self._built = _build(settings, found)
+        self._bundle = _bundle(settings, found, self._built)
+        origin = Origin(self._built.source, self._built.input, self.construct, _provenance(settings))
+        self.adapter = PyTorchAdapter(self._built.module, origin, self._adapter_settings(), self._bundle)
+        self.teachers = tuple(self._remember_teacher(i, name) for i, name in enumerate(settings.teachers))
+
+    def construct(self, source: ModelSource) -> nn.Module:
+        """A fresh original. The user named the model, so a `python:` factory may run."""
+        return construct(source, allow_python=True)
+
+    def _adapter_settings(self) -> AdapterSettings:
+        settings = self.settings
+        assert settings.lr is not None and settings.weight_decay is not None
+        training = TrainingSettings(
+            lr=settings.lr,
+            optimizer=settings.opt,
+            weight_decay=settings.weight_decay,
+            device=self._device,
+            amp="bf16" if settings.amp else "off",
+            channels_last=settings.channels_last,
+        )
+        return AdapterSettings(training, settings.seed, settings.min_share, settings.multiple_of, settings.verify)
+
+    def _remember_teacher(self, index: int, name: str) -> str:
+        """A finished run's folder, or `MODEL=CHECKPOINT`, or a model whose published weights are used."""
+        if self._bundle is None:
+            raise ConfigError("--teacher needs data, but --data is none", key="teacher")
+        if (Path(name) / PLAN_FILE).exists():
+            model, source = load(name, trust=self.settings.trust), read_plan(Path(name)).model
+        else:
+            model_name, _, checkpoint = name.partition("=")
+            built = build(
+                model_name,
+                classes=self._bundle.classes,
+                in_chans=self._bundle.in_chans,
+                pretrained=not checkpoint,
+                checkpoint=Path(checkpoint) if checkpoint else None,
+                img_size=self.settings.img_size,
+            )
+            if not built.has_weights:
+                raise LoadError(f"teacher {name!r} has no weights for the data's {self._bundle.classes} classes")
+            model, source = built.module, built.source
+        macs = _forward_macs(model, self._built.input.example(1))
+        label = f"user-{index}"
+        classes = _classes(model, self._built.input.example(1))
+        if classes != self._bundle.classes:
+            raise LoadError(
+                f"teacher {name!r} answers with {classes} classes, the data has {self._bundle.classes}"
+            )
+        plan = PruningPlan(model=source)
+        self.adapter.snapshots[label] = Remembered(model.to(self._device).eval(), plan, macs, foreign=True)
+        return label
+
+    @property
+    def graph(self) -> ChannelGraph:
+        return self.adapter.original_graph
+
+    @property
+    def source(self) -> ModelSource:
+        return self._built.source
+
+    @property
+    def has_data(self) -> bool:
+        return self._bundle is not None
+
+    @property
+    def has_labels(self) -> bool:
+        return self._bundle is not None
+
+    @property
+    def classes(self) -> int | None:
+        return self._bundle.classes if self._bundle is not None else self._built.classes
+
+    @property
+    def dense_needs_training(self) -> bool:
+        return self._bundle is not None and not self._built.has_weights
+
+    def describe(self) -> Description:
+        images = {}
+        if self._bundle is not None:
+            splits = ("train", "holdout", "calibration", "test")
+            images = {name: getattr(self._bundle, name).samples for name in splits}
+        assert self.settings.model is not None
+        return Description(
+            model=self.settings.model,
+            input_size=self._built.input.size,
+            classes=self.classes,
+            data=self.settings.data,
+            images=images,
+            device=self._device,
+            versions=_versions(),
+            notes=self._built.notes,
+        )
+
+    def test(self) -> Evaluated | None:
+        if self._bundle is None:
+            return None
+        return evaluate(self.adapter.model, self._bundle.test, self._device)
+
+    def save(self, folder: Path, plan: PruningPlan, report: Mapping[str, Any]) -> None:
+        model = self.adapter.model.to("cpu")
+        save_artifact(folder, model, plan, self.construct, self._built.input.example(2))
+        model.to(self._device)
+
+    def load(self, folder: Path) -> None:
+        self.adapter.model = load(folder, trust=True).to(self._device)
+
+
+def open_session(settings: RunSettings) -> PyTorchSession:
+    """Build the model, find the data, trace. Raises ConfigError, LoadError or TraceError."""
+    return PyTorchSession(settings)
+
+
+def _build(settings: RunSettings, found: DataSource | None) -> BuiltModel:
+    assert settings.model is not None
+    return build(
+        settings.model,
+        classes=found.classes if found is not None else None,
+        in_chans=found.in_chans if found is not None else None,
+        image=found.image if found is not None else None,
+        pretrained=settings.pretrained,
+        checkpoint=settings.checkpoint,
+        img_size=settings.img_size,
+        seed=settings.seed,
+    )
+
+
+def _bundle(settings: RunSettings, found: DataSource | None, built: BuiltModel) -> DataBundle | None:
+    if found is None:
+        return None
+    assert settings.batch_size is not None
+    options = LoadOptions(settings.batch_size, settings.holdout, settings.train_limit, settings.workers)
+    return load_data(found, built.input, options)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}", key="device") from None
+    return name
+
+
+def _forward_macs(model: nn.Module, example: tuple[Any, ...]) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(*example)
+    return counter.get_total_flops() / 2
+
+
+def _classes(model: nn.Module, example: tuple[Any, ...]) -> int | None:
+    with torch.no_grad():
+        output = model.eval()(*example)
+    return int(output.shape[1]) if isinstance(output, torch.Tensor) and output.ndim == 2 else None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _provenance(settings: RunSettings) -> dict[str, Any]:
+    return {
+        "plugin": settings.plugin,
+        "config": settings.config,
+        "importance": settings.importance,
+        "targets": list(settings.targets),
+        "seed": settings.seed,
+        "versions": _versions(),
+    }

@@ -1,0 +1,67 @@
+"""Tensors on disk: safetensors only, ties written once, loading strict. Nothing here can execute code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prunus.core.errors import LoadError
+from prunus.core.files import write_atomically
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors` to `path`, atomically. Tensors that share memory must have been reduced to one."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(ready, temporary, metadata=dict(metadata or {})))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of `path` to the CPU. Raises LoadError if it is missing, truncated or not safetensors."""
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:
+        raise LoadError(f"{path} does not exist") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def untied_state(model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict` with every shared tensor under its first name only."""
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        state[name] = tensor
+    return state
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Copy `tensors` into `model`: every name, shape and dtype must match (shared tensors: one name is enough).
+
+    Raises LoadError that names the first difference; the model is then unchanged.
+    """
+    own = model.state_dict()
+    unknown = [name for name in tensors if name not in own]
+    if unknown:
+        raise LoadError(f"{origin}: the model has no tensor named {unknown[0]!r}")
+    given = {own[name].data_ptr() for name in tensors if own[name].numel()}
+    for name, tensor in own.items():
+        if name not in tensors:
+            if tensor.numel() and tensor.data_ptr() not in given:
+                raise LoadError(f"{origin}: the tensor {name!r} is missing")
+        elif tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
+            raise LoadError(
+                f"{origin}: {name!r} is {tuple(tensors[name].shape)} {tensors[name].dtype}, "
+                f"the model has {tuple(tensor.shape)} {tensor.dtype}"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
