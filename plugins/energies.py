@@ -1,0 +1,184 @@
+"""The energy of every unit's contribution to what reads it, from three sources (methods, section 2.2).
+
+readers   weights with a `reads` axis; one axis may carry units of several groups
+index     a position on that axis; a unit owns one or more of them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.linalg import lapack
+
+from prunus.core.cost import FloatArray, IntArray
+from prunus.core.errors import PluginError
+from prunus.core.graph import ChannelGraph, Slice
+from prunus.core.signals import Signal, SignalReader
+from prunus.plugins.fpgm import unit_rows
+from prunus.plugins.magnitude import power_sum
+
+Source = Literal["conditional", "weight", "gate_fisher"]
+SIGNALS: dict[Source, frozenset[Signal]] = {
+    "conditional": frozenset({Signal.WEIGHT, Signal.ACTIVATION_VARIANCE, Signal.ACTIVATION_COVARIANCE}),
+    "weight": frozenset({Signal.WEIGHT, Signal.ACTIVATION_VARIANCE}),
+    "gate_fisher": frozenset({Signal.WEIGHT, Signal.GATE_FISHER}),
+}
+SMALL = 512
+"""Readers with at most so many inputs are inverted at every update, wider ones once per temperature."""
+_RIDGE = 1e-4
+_LEAST = 1e-3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """The units of one group on one reader's axis."""
+
+    group: str
+    unit_of: IntArray
+    members: IntArray | None
+    """(units, r): each unit's indices, if every unit has equally many and more than one."""
+    gram: FloatArray | None
+    """(units, r, r): sum of w w^T over outputs and taps, beside `members`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reader:
+    norms: FloatArray
+    """(n,): squared norm of the weights of every index."""
+    spread: FloatArray
+    """(n, n) covariance or (n,) variance of the inputs."""
+    parts: tuple[_Part, ...]
+
+
+class Energies:
+    """Statistics of all readers, copied out of a measurement, and the energies that they give."""
+
+    def __init__(self, graph: ChannelGraph, signals: SignalReader, source: Source) -> None:
+        self.source = source
+        self._readers: list[_Reader] = []
+        self._fixed: dict[str, FloatArray] = {}
+        self._units = {name: group.units for name, group in graph.prunable.items()}
+        self._cached: dict[int, list[FloatArray]] = {}
+        self.assumed_variance = False
+        """True if no activations were seen and every input was taken to have variance 1."""
+        if source == "gate_fisher":
+            self._fixed = {name: np.array(signals.read(Signal.GATE_FISHER, name)) for name in self._units}
+        else:
+            self._collect(graph, signals)
+        self.sizes = {name: _contribution_size(graph, name) for name in self._units}
+        """group -> (units,): how many numbers a unit's contribution consists of."""
+
+    def _collect(self, graph: ChannelGraph, signals: SignalReader) -> None:
+        read: set[str] = set()
+        for (tensor, axis), pieces in graph.slices_of.items():
+            mine = [(g, p) for g, p in pieces if p.role == "reads" and g in self._units]
+            if not mine:
+                continue
+            weight = signals.read(Signal.WEIGHT, tensor)
+            every = np.arange(weight.shape[axis], dtype=np.int64)
+            norms = power_sum(weight, Slice(tensor, axis, "reads", every), len(every))
+            parts = tuple(_part(g, p, weight, self._units[g]) for g, p in mine)
+            self._readers.append(_Reader(norms, self._spread(signals, tensor, len(every)), parts))
+            read |= {g for g, _ in mine}
+        for name in self._units.keys() - read:
+            self._fixed[name] = _writers_energy(graph, name, signals)
+
+    def _spread(self, signals: SignalReader, tensor: str, length: int) -> FloatArray:
+        if self.source == "conditional" and signals.has(Signal.ACTIVATION_COVARIANCE, tensor):
+            return np.array(signals.read(Signal.ACTIVATION_COVARIANCE, tensor), dtype=np.float64)
+        if signals.has(Signal.ACTIVATION_VARIANCE, tensor):
+            return np.array(signals.read(Signal.ACTIVATION_VARIANCE, tensor), dtype=np.float64)
+        self.assumed_variance = True
+        return np.ones(length)
+
+    def at(self, survival: Mapping[str, FloatArray], *, fresh: bool = True) -> dict[str, FloatArray]:
+        """group -> (units,): energies when the other units survive with the given probabilities.
+
+        `conditional`: ||W_i||^2 Var(x_i | the others, each with noise C_jj (1-pi_j)/pi_j), summed over readers;
+        a unit of several indices takes the block of its own indices given the rest. `weight`: ||W_i||^2 Var(x_i).
+        Groups that nothing reads through a weight have the energy of their writing weights instead.
+        With `fresh=False` wide readers keep the answer of the last call.
+        """
+        totals = {name: self._fixed.get(name, np.zeros(units)).copy() for name, units in self._units.items()}
+        for k, reader in enumerate(self._readers):
+            if fresh or k not in self._cached or len(reader.norms) <= SMALL:
+                self._cached[k] = _reader_energies(reader, survival, self._units)
+            for part, energy in zip(reader.parts, self._cached[k], strict=True):
+                totals[part.group] += energy
+        for name, values in totals.items():
+            if not np.isfinite(values).all():
+                raise PluginError("gsm-anneal", "energies are finite", f"Group {name!r} has NaN or infinity.")
+        return totals
+
+
+def _part(group: str, piece: Slice, weight: FloatArray, units: int) -> _Part:
+    owned = np.flatnonzero(piece.unit_of >= 0)
+    sizes = np.bincount(piece.unit_of[owned], minlength=units)
+    if sizes.max() == 1 or sizes.min() != sizes.max():
+        return _Part(group, piece.unit_of, None, None)
+    members = owned[np.argsort(piece.unit_of[owned], kind="stable")].reshape(units, -1)
+    rows = unit_rows(weight, piece, units).reshape(units, members.shape[1], -1)
+    return _Part(group, piece.unit_of, members, rows @ rows.transpose(0, 2, 1))
+
+
+def _reader_energies(
+    reader: _Reader, survival: Mapping[str, FloatArray], units: Mapping[str, int]
+) -> list[FloatArray]:
+    if reader.spread.ndim == 1:
+        return [_by_unit(part, reader.norms * reader.spread, units[part.group]) for part in reader.parts]
+    alive = np.ones(len(reader.norms))
+    for part in reader.parts:
+        mine = part.unit_of >= 0
+        alive[mine] *= survival[part.group][part.unit_of[mine]]
+    alive = np.maximum(alive, _LEAST)
+    variance = np.diag(reader.spread)
+    noise = variance * (1 - alive) / alive + _RIDGE * float(variance.mean()) + 1e-30
+    precision = spd_inverse(reader.spread + np.diag(noise))
+    found = []
+    for part in reader.parts:
+        if part.members is None or part.gram is None:
+            given_rest = np.maximum(1 / np.diag(precision) - noise, 0.0)
+            found.append(_by_unit(part, reader.norms * given_rest, units[part.group]))
+            continue
+        blocks = np.linalg.inv(precision[part.members[:, :, None], part.members[:, None, :]])
+        own = part.gram * np.eye(part.members.shape[1])
+        energy = (part.gram * blocks).sum(axis=(1, 2)) - (own.sum(axis=2) * noise[part.members]).sum(axis=1)
+        found.append(np.maximum(energy, 0.0))
+    return found
+
+
+def _by_unit(part: _Part, per_index: FloatArray, units: int) -> FloatArray:
+    mine = part.unit_of >= 0
+    return np.bincount(part.unit_of[mine], weights=per_index[mine], minlength=units).astype(np.float64)
+
+
+def spd_inverse(matrix: FloatArray) -> FloatArray:
+    """Inverse of a symmetric positive definite matrix, by Cholesky."""
+    factor, failed = lapack.dpotrf(matrix, lower=True)
+    if failed:
+        return np.asarray(np.linalg.pinv(matrix, hermitian=True), dtype=np.float64)
+    inverse, _ = lapack.dpotri(factor, lower=True)
+    lower = np.tril(inverse)
+    return np.asarray(lower + np.tril(inverse, -1).T, dtype=np.float64)
+
+
+def _writers_energy(graph: ChannelGraph, name: str, signals: SignalReader) -> FloatArray:
+    group = graph.groups[name]
+    total = np.zeros(group.units)
+    for piece in group.with_role("writes") or group.slices:
+        total += power_sum(signals.read(Signal.WEIGHT, piece.tensor), piece, group.units)
+    return total
+
+
+def _contribution_size(graph: ChannelGraph, name: str) -> FloatArray:
+    group = graph.groups[name]
+    size = np.zeros(group.units)
+    for piece in group.with_role("reads") or group.with_role("writes") or group.slices:
+        shape = graph.tensors[piece.tensor]
+        mine = piece.unit_of[piece.unit_of >= 0]
+        per_index = float(np.prod(shape, dtype=np.float64)) / shape[piece.axis]
+        size += np.bincount(mine, minlength=group.units) * per_index
+    return np.maximum(size, 1.0)

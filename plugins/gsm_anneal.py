@@ -1,0 +1,334 @@
+"""gsm-anneal: expand, measure group sparsity by a Gaussian scale mixture, anneal, remove (methods, section 2).
+
+After Lu et al., Growing-before-Pruning (Pattern Recognition 166, 2025). Per round:
+
+    1  collect the energies e of all units' contributions           `Energies`
+    2  Lambda = log(1 + theta^2 / sigma^2), global over groups      `coefficients`
+    3  anneal pi = sigmoid((Lambda - mu c) / T) down the ladder     `_anneal`
+    4  remove what has pi < vanish, refit, train gated by pi        `_round`
+
+and at the end: harden to exact counts, refit, recover.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from prunus.core.allocation import best_units, global_keep, ladders, raise_if_unreachable
+from prunus.core.budget import Budget
+from prunus.core.cost import FloatArray, IntArray
+from prunus.core.directives import Directive, Grow, Measure, Note, Observation, Remove, Train
+from prunus.core.errors import ConfigError, PluginError
+from prunus.core.graph import ChannelGraph
+from prunus.core.importance import PluginConfig
+from prunus.core.plan import PruningPlan
+from prunus.core.policy import PruningPolicy, PruningTask
+from prunus.core.signals import Signal
+from prunus.plugins.annealing import Lattice, mean_entropy
+from prunus.plugins.energies import SIGNALS, Energies, Source
+from prunus.plugins.ranking import signals_of
+from prunus.plugins.recovery import RecoveryConfig, can_train, changed, recover, removal
+from prunus.plugins.scale_mixture import Coefficients, coefficients
+
+LONG = 20.0
+"""From so many epochs on the ladder is cut into rounds that train."""
+
+
+class GsmAnnealConfig(RecoveryConfig):
+    expansion: Literal["none", "wide"] = "none"
+    """`wide` grows groups by `ratio` first, function-preserving, and searches the larger network."""
+    ratio: float = Field(default=1.5, gt=1, le=4)
+    """Width after expansion over width before."""
+    grow: Literal["inner", "all"] = "inner"
+    """Expand groups that one layer writes, or residual streams too (2.25 times the MACs at ratio 1.5)."""
+    source: Source = "conditional"
+    """What a unit's energy is: `conditional` on who else survives, `weight`, or `gate_fisher`."""
+    normalise: bool = True
+    """Bring energies to mean 1 inside each group; without it stages collapse."""
+    kappa: float = Field(default=0.05, gt=0, le=1)
+    """Noise floor, as a share of the median energy per number."""
+    c1: float = Field(default=4.0, gt=0)
+    """Weight of the prior 1/theta in the scale mixture."""
+    cost: Literal["fixed", "recomputed"] = "fixed"
+    """Prices c at the start, or again at every update (the narrow get narrower)."""
+    cost_power: float = Field(default=0.0, ge=0, le=2)
+    """Prices are c^cost_power: at 0 the cost enters through mu alone, which the pilot found best."""
+    damping: float = Field(default=0.25, gt=0, le=1)
+    """Step towards the new probabilities; 1 is undamped and oscillates into corners."""
+    updates: int = Field(default=8, ge=1)
+    """Updates per temperature."""
+    hot: float = Field(default=2.0, gt=0)
+    """First temperature, in standard deviations of Lambda."""
+    cooling: float = Field(default=0.85, gt=0, lt=1)
+    """Ratio of successive temperatures."""
+    temperatures: int = Field(default=28, ge=1)
+    """Length of the ladder; the last round goes on, at most as long again, until the entropy is low."""
+    cold: float = Field(default=0.02, gt=0, lt=1)
+    """The mean entropy, as a share of log 2, at which the search is over."""
+    rounds: int | None = Field(default=None, ge=1, le=100)
+    """Pieces of the ladder; None is 1 below 20 epochs and 3 from there on."""
+    round_share: float = Field(default=0.2, ge=0, le=1)
+    """Share of all epochs that is spent in rounds, gated; the rest recovers."""
+    round_lr: float = Field(default=0.02, gt=0)
+    """Peak learning rate of the rounds."""
+    vanish: float = Field(default=0.02, gt=0, lt=0.5)
+    """Units below this probability are removed at the end of a round."""
+    decay: float = Field(default=5e-4, ge=0)
+    """Per-unit weight decay of the scale mixture while training."""
+    collapsed: float = Field(default=0.2, ge=0, le=1)
+    """Groups that carry more than this share of the cost must not fall under their floors: that is a search
+    gone wrong, not a small network."""
+
+
+@dataclass(slots=True)
+class _Search:
+    """Where the annealing is: the current graph, its probabilities, and the next rung of the ladder."""
+
+    graph: ChannelGraph
+    units: int
+    """All units that could go at the start; what was removed since counts as decided."""
+    probabilities: dict[str, FloatArray] | None = None
+    first: float | None = None
+    """T0"""
+    rung: int = 0
+    prices: dict[str, FloatArray] | None = None
+    gates: dict[str, FloatArray] | None = None
+    """Gates that the current weights were trained with, to be folded at the next removal."""
+
+    def restricted(self, graph: ChannelGraph, keep: Mapping[str, IntArray]) -> None:
+        """Follow a removal: what is known of the units that are left."""
+        self.graph = graph
+        self.probabilities = _taken(self.probabilities, keep, graph)
+        self.prices = _taken(self.prices, keep, graph)
+        self.gates = None
+
+
+class GsmAnneal(PruningPolicy):
+    """Global group sparsity by a Gaussian scale mixture, decided by deterministic annealing."""
+
+    Config: ClassVar[type[PluginConfig]] = GsmAnnealConfig
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WEIGHT})
+
+    def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
+        config = self.config
+        assert isinstance(config, GsmAnnealConfig)
+        raise_if_unreachable(task.graph, task.budget)
+        graph = (yield from _expand(task, config)) if config.expansion == "wide" else task.graph
+        search = _Search(graph, sum(group.units for group in graph.prunable.values()))
+        rounds = _rounds(task, config)
+        epochs = config.round_share * task.epochs if rounds > 1 and can_train(task, task.epochs) else 0.0
+        for k in range(1, rounds):
+            yield from _round(task, config, search, k, rounds, epochs / rounds)
+        found = yield from _settle(task, config, search, task.budget, config.temperatures, last=True)
+        # harden: the same order, exact counts
+        keep = global_keep(search.graph, task.budget, found)
+        result = changed((yield _remove(task, config, search, keep)))
+        if not task.budget.met(result.graph.cost()):
+            raise PluginError("gsm-anneal", "the plan meets the budget", f"It costs {result.graph.cost()}.")
+        trained = epochs * (rounds - 1) / rounds
+        yield from recover(task, config, task.epochs - trained)
+        return result.plan
+
+
+def _rounds(task: PruningTask, config: GsmAnnealConfig) -> int:
+    if config.rounds is not None:
+        return min(config.rounds, config.temperatures)
+    trains_long = can_train(task, task.epochs) and task.epochs >= LONG
+    return 3 if trains_long else 1
+
+
+def _expand(task: PruningTask, config: GsmAnnealConfig) -> Generator[Directive, Observation, ChannelGraph]:
+    """Widen every group that can be (Net2Wider); targets go on referring to the original model."""
+    graph, widths = task.graph, {}
+    for name, group in graph.prunable.items():
+        tied = (name,) if group.equal_count is None else graph.equal_counts[group.equal_count]
+        inner = all(len(graph.groups[n].with_role("writes")) <= 1 for n in tied)
+        if any(graph.growable(n) is not None for n in tied) or (config.grow == "inner" and not inner):
+            continue
+        step = math.lcm(*(graph.groups[n].multiple_of for n in tied))
+        widths[name] = max(group.units, math.ceil(config.ratio * group.units / step) * step)
+    if not widths:
+        raise ConfigError("no group of this model can be widened; use expansion=none", key="expansion")
+    grown = changed((yield Grow(widths=widths))).graph
+    yield Note("expansion", {"groups": len(widths), "macs": grown.cost().macs / task.graph.cost().macs})
+    return grown
+
+
+def _round(
+    task: PruningTask, config: GsmAnnealConfig, search: _Search, k: int, rounds: int, epochs: float
+) -> Generator[Directive, Observation, None]:
+    """Anneal one band of the ladder towards its budget, remove what vanished, train the rest under its gates."""
+    budget = task.budget.partway(k / rounds, search.graph.cost() if k == 1 else None)
+    until = round(config.temperatures * k / rounds)
+    yield from _settle(task, config, search, budget, until, last=False)
+    assert search.probabilities is not None
+    keep = _survivors(search.graph, search.probabilities, config.vanish)
+    if any(len(units) < search.graph.groups[name].units for name, units in keep.items()):
+        graph = changed((yield _remove(task, config, search, keep))).graph
+        search.restricted(graph, keep)
+    if can_train(task, epochs):
+        rates = (yield from _measured(task, config, search))[1].decay(config.decay)
+        search.gates = dict(search.probabilities)
+        yield Train(
+            epochs=epochs,
+            lr=config.round_lr,
+            gates=search.gates,
+            decay=rates,
+            label=f"anneal {k} of {rounds}",
+        )
+
+
+def _settle(
+    task: PruningTask, config: GsmAnnealConfig, search: _Search, budget: Budget, until: int, *, last: bool
+) -> Generator[Directive, Observation, dict[str, FloatArray]]:
+    """Collect statistics and anneal down to rung `until`; what comes back ranks the units."""
+    energies = yield from _collected(task, config, search)
+    notes, ranks = _anneal(config, search, budget, energies, until, last=last)
+    yield from notes
+    return ranks
+
+
+def _collected(
+    task: PruningTask, config: GsmAnnealConfig, search: _Search
+) -> Generator[Directive, Observation, Energies]:
+    source: Source = config.source if task.has_data else "weight"
+    signals = SIGNALS[source] if task.has_data else frozenset({Signal.WEIGHT})
+    if source == "gate_fisher" and not task.has_labels:
+        raise ConfigError("source 'gate_fisher' needs labels; use source=conditional", key="source")
+    observation = yield Measure(signals=signals, images=config.images, gates=search.gates)
+    energies = Energies(search.graph, signals_of(observation), source)
+    if energies.assumed_variance:
+        yield Note("energies", {"source": source, "variance": "1 where no activations were measured"})
+    return energies
+
+
+def _measured(
+    task: PruningTask, config: GsmAnnealConfig, search: _Search
+) -> Generator[Directive, Observation, tuple[Energies, Coefficients]]:
+    assert search.probabilities is not None
+    energies = yield from _collected(task, config, search)
+    return energies, _coefficients(config, energies, search.probabilities)
+
+
+def _coefficients(
+    config: GsmAnnealConfig, energies: Energies, survival: Mapping[str, FloatArray], *, fresh: bool = True
+) -> Coefficients:
+    found = energies.at(survival, fresh=fresh)
+    return coefficients(found, energies.sizes, kappa=config.kappa, c1=config.c1, normalise=config.normalise)
+
+
+def _anneal(
+    config: GsmAnnealConfig, search: _Search, budget: Budget, energies: Energies, until: int, *, last: bool
+) -> tuple[list[Note], dict[str, FloatArray]]:
+    """Cool from `search.rung` to `until`, with damped updates; the last band until everything is decided."""
+    lattice = Lattice(search.graph, budget)
+    if not lattice.names or lattice.load(np.ones_like(lattice.even())) <= 1:
+        search.probabilities = lattice.named(np.ones_like(lattice.even()))
+        search.rung = until
+        return [], dict(search.probabilities)
+    pi = lattice.even() if search.probabilities is None else lattice.vector(search.probabilities)
+    if search.prices is None:
+        search.prices = lattice.named(lattice.prices(np.ones_like(pi), config.cost_power))
+    price = lattice.vector(search.prices)
+    notes: list[Note] = []
+    value, mu = pi, 0.0
+    stop = until + (config.temperatures if last else 0)
+    while search.rung < stop:
+        for update in range(config.updates):
+            found = _coefficients(config, energies, lattice.named(pi), fresh=update == 0)
+            value = lattice.vector(found.value)
+            if search.first is None:
+                search.first = max(config.hot * float(value.std()), 1e-9)
+            temperature = search.first * config.cooling**search.rung
+            if config.cost == "recomputed":
+                price = lattice.prices(pi, config.cost_power)
+            target, mu = lattice.solve(value, price, temperature)
+            pi = (1 - config.damping) * pi + config.damping * target
+        search.rung += 1
+        entropy = mean_entropy(pi, search.units)
+        notes.append(_note(temperature, entropy, mu, lattice.load(pi)))
+        if last and search.rung >= until and entropy < _decided(config, search):
+            break
+    search.probabilities = lattice.named(pi)
+    if last:
+        _guard(config, search, lattice, pi)
+    # pi is saturated where Lambda is far from the threshold: the margin orders what pi cannot tell apart
+    margin = value - mu * price
+    return notes, lattice.named(pi + 1e-6 * np.tanh(margin / (np.abs(margin).max() + 1e-300)))
+
+
+def _note(temperature: float, entropy: float, mu: float, load: float) -> Note:
+    return Note("anneal", {"temperature": temperature, "entropy": entropy, "mu": mu, "load": load})
+
+
+def _decided(config: GsmAnnealConfig, search: _Search) -> float:
+    """The entropy below which a search is over: widths are whole, so one unit may stay in between."""
+    return max(config.cold, 1 / max(search.units, 1))
+
+
+def _guard(config: GsmAnnealConfig, search: _Search, lattice: Lattice, pi: FloatArray) -> None:
+    """What a sane annealing leaves: numbers, decisions, its budget, and no stage gone."""
+    if not np.isfinite(pi).all():
+        raise PluginError("gsm-anneal", "probabilities are finite", f"{int((~np.isfinite(pi)).sum())} are not.")
+    entropy = mean_entropy(pi, search.units)
+    if entropy >= _decided(config, search):
+        raise PluginError(
+            "gsm-anneal",
+            "annealing ends decided",
+            f"The mean entropy is {entropy:.3f} of log 2, above {config.cold}; "
+            "raise temperatures, or lower cooling or damping.",
+        )
+    load = lattice.load(pi)
+    if abs(load - 1) > 0.05:
+        raise PluginError(
+            "gsm-anneal", "annealing ends at its budget", f"The expected cost is {load:.3f} of it; lower damping."
+        )
+    gone = lattice.collapsed(pi)
+    weight = lattice.weight_of(gone)
+    if weight > config.collapsed:
+        worst = min(gone, key=lambda name: gone[name])
+        raise PluginError(
+            "gsm-anneal",
+            "groups do not collapse",
+            f"{len(gone)} of {len(lattice.names)} groups, which carry {weight:.0%} of the cost, fell under their "
+            f"smallest width, {worst!r} to {gone[worst]:.1f} units. Keep normalise=true, cost=fixed and "
+            "damping <= 0.3, ask for less, or allow it by collapsed=1.",
+        )
+
+
+def _survivors(graph: ChannelGraph, probabilities: Mapping[str, FloatArray], vanish: float) -> dict[str, IntArray]:
+    """Units with at least that probability, as many more as floors, multiples and ties want."""
+    keep = {}
+    for ladder in ladders(graph):
+        free = [name for name in ladder.groups if name in probabilities]
+        wanted = max((int((probabilities[name] >= vanish).sum()) for name in free), default=int(ladder.counts[-1]))
+        count = int(ladder.counts[np.searchsorted(ladder.counts, wanted)])
+        for name in ladder.groups:
+            rank = probabilities.get(name, np.ones(graph.groups[name].units))
+            keep[name] = best_units(rank, count)
+    return keep
+
+
+def _remove(task: PruningTask, config: GsmAnnealConfig, search: _Search, keep: Mapping[str, IntArray]) -> Remove:
+    plain = removal(task, config, keep)
+    return Remove(
+        keep=plain.keep,
+        gates=search.gates,
+        refit=plain.refit,
+        recalibrate=plain.recalibrate,
+        images=plain.images,
+    )
+
+
+def _taken(
+    values: dict[str, FloatArray] | None, keep: Mapping[str, IntArray], graph: ChannelGraph
+) -> dict[str, FloatArray] | None:
+    if values is None:
+        return None
+    return {name: values[name][keep[name]] for name in graph.prunable}
