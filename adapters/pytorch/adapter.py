@@ -31,6 +31,7 @@ from prunus.adapters.pytorch.recalibration import recalibrate
 from prunus.adapters.pytorch.refit import refit
 from prunus.adapters.pytorch.run_state import (
     SavedModel,
+    read_base,
     read_counters,
     read_model,
     restore_optimizer,
