@@ -1,0 +1,228 @@
+"""Refitting what is left of a model to the function that the dense model computes (methods, section 0).
+
+`sequential` walks the layers in forward order in one pass of the pruned model over all images: each layer
+is regressed, before it runs, on the inputs that reach it through the layers already refitted, towards the
+dense model's outputs at the same positions. `least-squares` and `bias` need the dense model's channel
+statistics only (`channel_refit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.adapters.pytorch.channel_refit import refit_by_channels
+from prunus.adapters.pytorch.covariance import Moments
+from prunus.adapters.pytorch.patches import Sample, outputs, rows, sample, weight_rows
+from prunus.adapters.pytorch.refit_layers import Layer, find_layers
+from prunus.adapters.pytorch.regression import RIDGE, ridge, ridge_from_rows
+from prunus.adapters.pytorch.signals import Batch, evaluating, images_of
+from prunus.core.cost import FloatArray, IntArray
+from prunus.core.directives import Refit
+from prunus.core.errors import TrainingError
+from prunus.core.graph import Axis, ChannelGraph
+
+POSITIONS = 64
+"""Output positions of an image that a regression looks at, at most."""
+WIDEST = 6000
+"""Inputs of a row up to which the covariance is solved; beyond it `NARROW` rows are, by the dual system."""
+NARROW = 2048
+MEMORY = 4 << 30
+"""Bytes for activations of all images at once; fewer images are used where they do not fit."""
+TARGET_MEMORY = 2 << 30
+"""Bytes for the dense model's sampled outputs; fewer positions are used where they do not fit."""
+UNCHANGED = 1e-5
+"""A layer whose outputs differ from the dense ones by less, relatively, is left bit for bit."""
+
+
+@dataclass(slots=True)
+class Refitted:
+    """What a refit did."""
+
+    layers: list[str] = field(default_factory=list)
+    """Refitted, in forward order."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Layers with removed inputs that keep their copied weights, with the reason."""
+    images: int = 0
+    """How many images were used."""
+
+
+@torch.no_grad()
+def refit(
+    pruned: nn.Module,
+    dense: nn.Module,
+    graph: ChannelGraph,
+    kept_indices: Mapping[Axis, IntArray],
+    batches: Iterable[Batch],
+    mode: Refit,
+    survival: Mapping[str, FloatArray] | None = None,
+    *,
+    share: float = RIDGE,
+) -> Refitted:
+    """Refits `pruned`, in place, to the function of `dense`; module names must agree.
+
+    `graph` and `kept_indices` (axis -> indices that stay) are those of the dense model. `survival`:
+    group -> (units of `graph`,), the probability that a unit goes next. The weights that `pruned` has are
+    what the ridge (`share` of the mean diagonal) pulls towards. Where nothing was removed, or nothing has
+    to be compensated, nothing changes, bit for bit. Layers that run more than once in a forward pass, and
+    those that do more with their weight than multiply, are left; `Refitted.skipped` names them.
+    Raises TrainingError if what reaches a layer is not finite.
+    """
+    if mode == "none" or (not kept_indices and not survival):
+        return Refitted()
+    images = _images(pruned, dense, batches)
+    with evaluating(pruned), evaluating(dense):
+        layers, skipped = find_layers(pruned, dense, graph, kept_indices, survival or {}, images[:2])
+        if mode == "sequential":
+            changed = _sequential(pruned, dense, layers, images, share)
+        else:
+            changed = refit_by_channels(dense, layers, images, mode, share)
+    return Refitted(changed, skipped, len(images))
+
+
+def _images(pruned: nn.Module, dense: nn.Module, batches: Iterable[Batch]) -> Tensor:
+    """As many images of the batches as fit into memory, all at once."""
+    collected: list[Tensor] = []
+    count, room = 0, 0
+    for batch in batches:
+        images = images_of(batch, pruned)
+        if not collected:
+            with evaluating(dense):
+                room = max(MEMORY // _bytes_of_one(dense, images[:1]), 2)
+        collected.append(images[: room - count])
+        count += len(collected[-1])
+        if count >= room:
+            break
+    if not count:
+        raise TrainingError("there are no calibration images to refit with")
+    return torch.cat(collected)
+
+
+def _bytes_of_one(model: nn.Module, image: Tensor) -> int:
+    """What one image takes on its way: four maps of the largest size are alive at a time."""
+    largest = image.numel() * image.element_size()
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel() * output.element_size())
+
+    handles = [module.register_forward_hook(look) for module in model.modules()]
+    try:
+        model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 4 * largest
+
+
+def _sequential(
+    pruned: nn.Module, dense: nn.Module, layers: list[Layer], images: Tensor, share: float
+) -> list[str]:
+    targets = _dense_outputs(dense, layers, images)
+    changed: list[str] = []
+
+    def before(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            where, wanted = targets.pop(layer.name)
+            if _regress(layer, args[0], where, wanted, share):
+                changed.append(layer.name)
+
+        return hook
+
+    handles = [layer.pruned.register_forward_pre_hook(before(layer)) for layer in layers if layer.name in targets]
+    try:
+        pruned(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return changed
+
+
+def _dense_outputs(dense: nn.Module, layers: list[Layer], images: Tensor) -> dict[str, tuple[Sample, Tensor]]:
+    """For each layer: the sampled positions, and the dense outputs there (rows, kept outputs)."""
+    widths = [layer.pruned.weight.shape[0] for layer in layers]
+    room = TARGET_MEMORY // max(images.element_size() * sum(widths), 1)
+    limit = min(POSITIONS * len(images), max(room, len(images)))
+    targets: dict[str, tuple[Sample, Tensor]] = {}
+
+    def after(layer: Layer, seed: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            wide = layer.pruned.weight[0].numel() > WIDEST
+            where = sample(layer.dense, output, min(limit, NARROW) if wide else limit, seed)
+            parts = outputs(layer.dense, output, where)
+            targets[layer.name] = where, torch.cat([layer.of_kept_outputs(part) for part in parts])
+
+        return hook
+
+    handles = [layer.dense.register_forward_hook(after(layer, i)) for i, layer in enumerate(layers)]
+    try:
+        dense(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return targets
+
+
+def _regress(layer: Layer, input: Tensor, where: Sample, wanted: Tensor, share: float) -> bool:
+    """Regresses `wanted` on what reaches the layer; False if its weights give that already."""
+    prior = weight_rows(layer.pruned, layer.pruned.weight).to("cpu", torch.float64)
+    targets = wanted.reshape(len(wanted), *prior.shape[:2])
+    solve = _from_rows if prior.shape[2] > min(len(where), WIDEST) else _from_moments
+    try:
+        weights, mean, target_mean = solve(layer, input, where, targets, prior, share)
+    except torch.linalg.LinAlgError as error:  # only NaN and infinity defeat a ridge
+        raise TrainingError(f"what reaches {layer.name} is not finite: check data and weights") from error
+    constant = target_mean - (weights @ mean.unsqueeze(2)).squeeze(2)
+    if layer.pruned.bias is not None:
+        constant = constant - layer.pruned.bias.detach().to("cpu", torch.float64).view_as(constant)
+    spread = targets.double().std(0, correction=0).to("cpu").norm()
+    still = not layer.shiftable or constant.norm() <= UNCHANGED * spread
+    if weights is prior and still:
+        return False
+    layer.pruned.weight.data.copy_(weights.reshape(layer.pruned.weight.shape))
+    layer.shift(constant.flatten())
+    return True
+
+
+def _from_moments(
+    layer: Layer, input: Tensor, where: Sample, targets: Tensor, prior: Tensor, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights, mean of the rows, mean of the targets); the weights are `prior` where that fits already."""
+    moments = Moments(prior.shape[2], prior.shape[0], targets=prior.shape[1])
+    at = 0
+    for part in rows(layer.pruned, input, where):
+        moments.add(part, targets[at : at + len(part)])
+        at += len(part)
+    mean, target_mean = moments.mean, moments.target_mean
+    covariance, cross = moments.covariance, moments.cross_covariance
+    if not layer.shiftable:  # no intercept: second moments about zero
+        covariance = covariance + mean.unsqueeze(2) * mean.unsqueeze(1)
+        cross = cross + target_mean.unsqueeze(2) * mean.unsqueeze(1)
+    odds = layer.odds_of(prior)
+    if odds is None and _close(prior @ covariance, cross):
+        return prior, mean, target_mean
+    return ridge(covariance, cross, prior, odds, share), mean, target_mean
+
+
+def _from_rows(
+    layer: Layer, input: Tensor, where: Sample, targets: Tensor, prior: Tensor, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_from_moments`, for fewer rows than inputs."""
+    x = torch.cat(list(rows(layer.pruned, input, where))).to("cpu", torch.float64).transpose(0, 1)
+    y = targets.to("cpu", torch.float64).transpose(0, 1)
+    mean, target_mean = x.mean(1), y.mean(1)
+    if layer.shiftable:
+        x, y = x - mean.unsqueeze(1), y - target_mean.unsqueeze(1)
+    odds = layer.odds_of(prior)
+    if odds is None and _close(x @ prior.mT, y):
+        return prior, mean, target_mean
+    return ridge_from_rows(x, y, prior, odds, share), mean, target_mean
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).norm() <= UNCHANGED * wanted.norm())
