@@ -101,6 +101,8 @@ def stratified_subset(labels: Sequence[int] | IntArray, count: int, seed: int) -
     for i in np.argsort(np.floor(exact) - exact, kind="stable"):
         if wanted.sum() < count and wanted[i] < sizes[i]:
             wanted[i] += 1
+    while wanted.sum() > count:  # two of a rare class are more than its share
+        wanted[wanted.argmax()] -= 1
     rng = np.random.default_rng(seed)
     chosen = [rng.permutation(np.flatnonzero(values == c))[:n] for c, n in zip(classes, wanted, strict=True)]
     return np.sort(np.concatenate(chosen))
