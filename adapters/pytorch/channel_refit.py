@@ -17,6 +17,7 @@ from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.patches import weight_rows
 from prunus.adapters.pytorch.refit_layers import Layer
 from prunus.adapters.pytorch.regression import ridge
+from prunus.core.errors import TrainingError
 
 BUDGET = 1 << 30
 """Bytes of covariances held at a time; a single layer may exceed it."""
@@ -32,7 +33,10 @@ def refit_by_channels(
     changed = []
     for chunk in _chunks(concerned, mode):
         for layer, moments in _collect(dense, chunk, images, mode):
-            _compensate(layer, moments, share)
+            try:
+                _compensate(layer, moments, share)
+            except FloatingPointError as error:
+                raise TrainingError(f"what reaches {layer.name} is not finite: check data and weights") from error
             changed.append(layer.name)
     return changed
 

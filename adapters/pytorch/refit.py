@@ -175,7 +175,7 @@ def _regress(layer: Layer, input: Tensor, where: Sample, wanted: Tensor, share: 
     solve = _from_rows if prior.shape[2] > min(len(where), WIDEST) else _from_moments
     try:
         weights, mean, target_mean = solve(layer, input, where, targets, prior, share)
-    except torch.linalg.LinAlgError as error:  # only NaN and infinity defeat a ridge
+    except FloatingPointError as error:
         raise TrainingError(f"what reaches {layer.name} is not finite: check data and weights") from error
     constant = target_mean - (weights @ mean.unsqueeze(2)).squeeze(2)
     if layer.pruned.bias is not None:

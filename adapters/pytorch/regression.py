@@ -21,13 +21,13 @@ def ridge(covariance: Tensor, cross: Tensor, prior: Tensor, odds: Tensor | None,
     """The weights above, separately for each slot.
 
     covariance (slots, n, n), cross (slots, m, n) = C_YX, prior (slots, m, n) = W0, odds (slots, n) =
-    p / (1 - p) or None; all double precision.
+    p / (1 - p) or None; all double precision. Raises FloatingPointError if something is not finite.
     """
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     lam = share * diagonal.mean(-1, keepdim=True) + FLOOR
     penalty = torch.zeros_like(diagonal) if odds is None else odds * diagonal
     missing = cross - prior @ covariance - prior * penalty.unsqueeze(1)
-    factor = torch.linalg.cholesky(covariance + torch.diag_embed(lam + penalty))
+    factor = _factor(covariance + torch.diag_embed(lam + penalty))
     return prior + torch.cholesky_solve(missing.mT, factor).mT
 
 
@@ -45,5 +45,13 @@ def ridge_from_rows(x: Tensor, y: Tensor, prior: Tensor, odds: Tensor | None, sh
     scaled = x / scale
     kernel = scaled @ x.mT + count * torch.eye(count, dtype=x.dtype)
     step = missing / scale
-    inner = torch.cholesky_solve((step @ x.mT).mT, torch.linalg.cholesky(kernel))
+    inner = torch.cholesky_solve((step @ x.mT).mT, _factor(kernel))
     return prior + step - inner.mT @ scaled
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """Cholesky factor; with a ridge only NaN and infinity can defeat it."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed.any() or not matrix.isfinite().all():
+        raise FloatingPointError("the covariance of a regression is not finite")
+    return factor

@@ -294,8 +294,11 @@ def test_modes_hooks_and_training_flags_are_as_before(dense: Net, batches: list[
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
 
 
-def test_images_that_are_not_finite_are_reported(dense: Net, batches: list[Tensor]) -> None:
+@pytest.mark.parametrize("mode", ["least-squares", "sequential"])
+def test_images_that_are_not_finite_are_reported(
+    dense: Net, batches: list[Tensor], mode: Literal["least-squares", "sequential"]
+) -> None:
     batches[0][0, 0, 0, 0] = float("inf")
     model, graph, kept = pruned_of(dense, KEEP)
     with pytest.raises(TrainingError, match="not finite"):
-        refit(model, dense, graph, kept, batches, "sequential")
+        refit(model, dense, graph, kept, batches, mode)
