@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from prunus.core.budget import Target
+from prunus.core.errors import ConfigError
+from prunus.core.plugin_settings import first_problem, parse_assignments
+from prunus.core.toml_text import to_toml
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 
@@ -92,3 +98,47 @@ class RunSettings(BaseModel):
     @property
     def parsed_targets(self) -> tuple[Target, ...]:
         return tuple(Target.parse(text) for text in self.targets)
+
+    def with_plugin_settings(self, assignments: Sequence[str]) -> RunSettings:
+        """These settings with `KEY=VALUE` (the method's) and `importance.KEY=VALUE` (the estimator's) added."""
+        config, importance_config = dict(self.config), dict(self.importance_config)
+        for key, value in parse_assignments(assignments).items():
+            if key.startswith("importance."):
+                importance_config[key.removeprefix("importance.")] = value
+            else:
+                config[key] = value
+        return self.model_copy(update={"config": config, "importance_config": importance_config})
+
+    def to_toml(self) -> str:
+        """The text of a run.toml that gives these settings again. Permission to run code is not passed on."""
+        comments = {key: " ".join((field.description or "").split()) for key, field in _fields()}
+        return to_toml(self.model_dump(mode="json", exclude={"trust"}), comments)
+
+
+def make_settings(values: Mapping[str, Any]) -> RunSettings:
+    """Settings from plain data. Raises ConfigError naming the key, its value and what is allowed."""
+    known = [key for key, _ in _fields()]
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ""
+            raise ConfigError(f"There is no setting {key!r}.{hint}", key=key)
+    try:
+        return RunSettings.model_validate(dict(values))
+    except ValidationError as error:
+        location = error.errors()[0]["loc"]
+        raise ConfigError(first_problem(error), key=str(location[0]) if location else None) from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The tables of a run.toml, not yet validated. Raises ConfigError if it cannot be."""
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", key="config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}", key="config") from None
+
+
+def _fields() -> list[tuple[str, Any]]:
+    return list(RunSettings.model_fields.items())

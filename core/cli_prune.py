@@ -1,0 +1,231 @@
+"""`optimize prune`: options to settings, and the run to a table or JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunus.core.streams import stdout_for_json
+
+if TYPE_CHECKING:
+    from prunus.core.run_folder import RunFolder
+    from prunus.core.settings import RunSettings
+
+_METHOD, _MODEL, _DATA, _TRAINING, _RUN = "Method", "Model", "Data", "Training", "Run"
+
+
+def _option(*names: str, help: str, panel: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
+
+
+def prune(
+    plugin: Annotated[
+        str | None, _option("--plugin", help="Method [gsm-anneal]; name or package.module:Class.", panel=_METHOD)
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        _option(
+            "--target",
+            help="macs=50%, params=5M, size=8MB... [macs=50%]. Repeatable: all must hold.",
+            panel=_METHOD,
+        ),
+    ] = None,
+    importance: Annotated[
+        str | None, _option("--importance", help="Estimator of one-shot and iterative [magnitude].", panel=_METHOD)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        _option(
+            "--set",
+            help="KEY=VALUE: a setting of the method; importance.KEY=VALUE of the estimator. Repeatable.",
+            panel=_METHOD,
+        ),
+    ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        _option(
+            "--teacher", help="Further teacher for distillation: model or finished run. Repeatable.", panel=_METHOD
+        ),
+    ] = None,
+    min_share: Annotated[
+        float | None,
+        _option("--min-share", help="Smallest share of its units a group keeps [0.05].", panel=_METHOD),
+    ] = None,
+    multiple_of: Annotated[
+        int | None, _option("--multiple-of", help="Keep multiples of so many units [1].", panel=_METHOD)
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        _option(
+            "--verify/--no-verify", help="Compare masked and pruned outputs at every removal [on].", panel=_METHOD
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        _option(
+            "--model", help="timm/NAME, torchvision/NAME, prunus/NAME or python:module:factory.", panel=_MODEL
+        ),
+    ] = None,
+    pretrained: Annotated[
+        bool | None, _option("--pretrained/--no-pretrained", help="Start from published weights.", panel=_MODEL)
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        _option(
+            "--checkpoint", help="Start from this file (.safetensors, or .pth by weights_only).", panel=_MODEL
+        ),
+    ] = None,
+    img_size: Annotated[
+        int | None, _option("--img-size", help="Side of the input image in pixels.", panel=_MODEL)
+    ] = None,
+    adapter: Annotated[str | None, _option("--adapter", help="Framework adapter [pytorch].", panel=_MODEL)] = None,
+    data: Annotated[
+        str | None,
+        _option(
+            "--data",
+            help="digits, fashion-mnist[:DIR], torch/cifar10..., a folder, or none [digits].",
+            panel=_DATA,
+        ),
+    ] = None,
+    train_limit: Annotated[
+        int | None, _option("--train-limit", help="Train on at most so many images.", panel=_DATA)
+    ] = None,
+    holdout: Annotated[
+        float | None, _option("--holdout", help="Share of train that is held out to judge by [0.1].", panel=_DATA)
+    ] = None,
+    workers: Annotated[int | None, _option("--workers", help="Processes that load data [0].", panel=_DATA)] = None,
+    epochs: Annotated[
+        float | None, _option("--epochs", help="The method's training budget; 0 trains nothing.", panel=_TRAINING)
+    ] = None,
+    dense_epochs: Annotated[
+        float | None,
+        _option("--dense-epochs", help="Train the dense model first, where it has no weights.", panel=_TRAINING),
+    ] = None,
+    batch_size: Annotated[int | None, _option("--batch-size", help="Images per step.", panel=_TRAINING)] = None,
+    lr: Annotated[float | None, _option("--lr", help="Peak learning rate.", panel=_TRAINING)] = None,
+    opt: Annotated[str | None, _option("--opt", help="sgd or adamw [sgd].", panel=_TRAINING)] = None,
+    weight_decay: Annotated[float | None, _option("--weight-decay", help="Weight decay.", panel=_TRAINING)] = None,
+    amp: Annotated[bool | None, _option("--amp/--no-amp", help="Mixed precision [off].", panel=_TRAINING)] = None,
+    channels_last: Annotated[
+        bool | None, _option("--channels-last/--no-channels-last", help="Memory layout [off].", panel=_TRAINING)
+    ] = None,
+    device: Annotated[
+        str | None, _option("--device", help="cpu, cuda, cuda:1, mps, auto [cpu].", panel=_TRAINING)
+    ] = None,
+    threads: Annotated[int | None, _option("--threads", help="Threads for computing.", panel=_TRAINING)] = None,
+    seed: Annotated[int | None, _option("--seed", help="Seed of everything random [0].", panel=_RUN)] = None,
+    config: Annotated[
+        Path | None, _option("--config", help="Settings from a run.toml; options override it.", panel=_RUN)
+    ] = None,
+    output: Annotated[Path | None, _option("--output", help="Folder of the run [runs/...].", panel=_RUN)] = None,
+    resume: Annotated[
+        Path | None, _option("--resume", help="Continue the run in this folder.", panel=_RUN)
+    ] = None,
+    overwrite: Annotated[bool, _option("--overwrite", help="Replace the run that is there.", panel=_RUN)] = False,
+    registry: Annotated[
+        list[Path] | None, _option("--registry", help="Further registry file. Repeatable.", panel=_RUN)
+    ] = None,
+    trust: Annotated[
+        bool, _option("--trust", help="Allow a run folder to name code (python:...).", panel=_RUN)
+    ] = False,
+    schema: Annotated[
+        bool, _option("--schema", help="Print the JSON Schema of run.toml and leave.", panel=_RUN)
+    ] = False,
+    as_json: Annotated[
+        bool, _option("--json", help="One JSON object on stdout, everything else on stderr.", panel=_RUN)
+    ] = False,
+) -> int:
+    """Make a model smaller: train it if needed, remove channels, recover, verify, save."""
+    given = {name: value for name, value in locals().items() if value is not None and name in _SETTINGS}
+    if target:
+        given["targets"] = target
+    if teacher:
+        given["teachers"] = teacher
+    from prunus.core.registry import Registry
+    from prunus.core.run_folder import RunFolder, choose_folder
+
+    if schema:
+        return _print_schema()
+    with stdout_for_json(as_json) as out:
+        entries = Registry.discover(registry or ())
+        if resume is not None:
+            folder, settings = RunFolder(resume), _resumed(RunFolder(resume), given, set_, output, trust)
+        else:
+            settings = _settings(config, {**given, "trust": trust}, set_ or [])
+            folder = RunFolder(output or choose_folder(settings))
+        report = _run(settings, folder, entries, resume=resume is not None, overwrite=overwrite)
+        if as_json:
+            out.write(json.dumps(report.for_scripts()) + "\n")
+        else:
+            from rich.console import Console
+
+            from prunus.core.display import summary
+
+            Console().print(summary(report))
+    return 0 if report.target_met else 3
+
+
+_OPTIONS = {"targets": "target", "teachers": "teacher"}
+"""Settings whose option has another name."""
+_SETTINGS = frozenset(
+    {
+        "plugin", "importance", "min_share", "multiple_of", "verify", "model", "pretrained", "checkpoint",
+        "img_size", "adapter", "data", "train_limit", "holdout", "workers", "epochs", "dense_epochs",
+        "batch_size", "lr", "opt", "weight_decay", "amp", "channels_last", "device", "threads", "seed",
+    }
+)  # fmt: skip
+_CHANGEABLE = {"workers", "threads"}
+
+
+def _settings(config: Path | None, given: dict[str, Any], assignments: list[str]) -> RunSettings:
+    from prunus.core.settings import make_settings, read_settings
+
+    base = read_settings(config) if config is not None else {}
+    return make_settings({**base, **given}).with_plugin_settings(assignments)
+
+
+def _resumed(
+    folder: RunFolder, given: dict[str, Any], assignments: list[str] | None, output: Path | None, trust: bool
+) -> RunSettings:
+    from prunus.core.errors import ConfigError
+
+    fixed = sorted(set(given) - _CHANGEABLE) + (["set"] if assignments else []) + (["output"] if output else [])
+    if fixed:
+        names = ", ".join(f"--{_OPTIONS.get(name, name).replace('_', '-')}" for name in fixed)
+        raise ConfigError(f"{names} cannot be changed by --resume: the run goes on as it began", key=fixed[0])
+    settings = folder.read_settings(trust)
+    return settings.model_copy(update={k: v for k, v in given.items() if k in _CHANGEABLE})
+
+
+def _run(settings: RunSettings, folder: RunFolder, registry: Any, *, resume: bool, overwrite: bool) -> Any:
+    from rich.console import Console
+
+    from prunus.core import pruning
+    from prunus.core.display import RunDisplay
+
+    console = Console(stderr=True)
+    try:
+        with RunDisplay(console) as display:
+            return pruning.prune(settings, folder, registry, display, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        if (folder.journal / "head.json").exists():
+            console.print(f"stopped; continue with: optimize prune --resume {folder.path}", highlight=False)
+        raise
+    except OSError as error:
+        if (folder.journal / "head.json").exists():
+            console.print(
+                f"{error.strerror or error}; what was done is safe. Make room and continue with: optimize prune "
+                f"--resume {folder.path}",
+                highlight=False,
+            )
+        raise
+
+
+def _print_schema() -> int:
+    from prunus.core.settings import RunSettings
+
+    typer.echo(json.dumps(RunSettings.model_json_schema(), indent=1))
+    return 0

@@ -1,0 +1,124 @@
+"""The report of a finished run, as data: report.json, `--json`, the tables and the page are made from it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prunus.core.adapter import Description
+from prunus.core.budget import Budget
+from prunus.core.cost import Cost
+from prunus.core.directives import Verification
+from prunus.core.graph import ChannelGraph
+from prunus.core.history import History
+from prunus.core.settings import RunSettings
+
+
+class Size(BaseModel):
+    """A model's cost, and its top-1 accuracy on test (0..1; None if it was not measured)."""
+
+    model_config = ConfigDict(extra="forbid")
+    macs: int
+    params: int
+    bytes: int
+    accuracy: float | None = None
+
+    @classmethod
+    def of(cls, cost: Cost, accuracy: float | None) -> Size:
+        return cls(macs=round(cost.macs), params=round(cost.params), bytes=round(cost.bytes), accuracy=accuracy)
+
+
+class Checked(BaseModel):
+    """The largest difference between masked and pruned outputs over all removals, and the outputs' scale."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["exact", "skipped"]
+    max_error: float
+    scale: float
+
+
+class Width(BaseModel):
+    """One channel group before and after."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    units: int
+    kept: int
+    locked: str | None = None
+
+
+class Report(BaseModel):
+    """Everything there is to say about a finished run."""
+
+    model_config = ConfigDict(extra="ignore")
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    run: str
+    model: str
+    plugin: str
+    targets: list[str]
+    target_met: bool
+    limits: dict[str, float]
+    """The targets as absolute upper limits."""
+    dense: Size
+    pruned: Size
+    verification: Checked
+    seconds: float
+    training_macs: float
+    data: str
+    input_size: tuple[int, int, int]
+    classes: int | None
+    images: dict[str, int]
+    widths: list[Width]
+    history: list[dict[str, Any]]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    notes: list[str]
+
+    def for_scripts(self) -> dict[str, Any]:
+        """What `prune --json` prints: the report without its long lists."""
+        return self.model_dump(mode="json", by_alias=True, exclude={"history", "widths", "settings"})
+
+
+def make_report(
+    *,
+    run: str,
+    settings: RunSettings,
+    description: Description,
+    budget: Budget,
+    dense: ChannelGraph,
+    pruned: ChannelGraph,
+    dense_accuracy: float | None,
+    pruned_accuracy: float | None,
+    history: History,
+    seconds: float,
+) -> Report:
+    """`dense` is the original model's graph, `pruned` the final one; `seconds` is the whole run's time."""
+    worst = history.verification or Verification("skipped", 0.0, 0.0)
+    after = pruned.units
+    widths = [
+        Width(name=name, units=group.units, kept=after[name], locked=group.locked)
+        for name, group in dense.groups.items()
+    ]
+    return Report(
+        run=run,
+        model=description.model,
+        plugin=settings.plugin,
+        targets=list(settings.targets),
+        target_met=budget.met(pruned.cost()),
+        limits={quantity: float(limit) for quantity, limit in budget.limits.items()},
+        dense=Size.of(dense.cost(), dense_accuracy),
+        pruned=Size.of(pruned.cost(), pruned_accuracy),
+        verification=Checked(kind=worst.kind, max_error=worst.max_error, scale=worst.scale),
+        seconds=round(seconds, 3),
+        training_macs=history.training_macs,
+        data=description.data,
+        input_size=description.input_size,
+        classes=description.classes,
+        images=dict(description.images),
+        widths=widths,
+        history=history.rows,
+        settings=settings.model_dump(mode="json", exclude={"trust"}),
+        versions=dict(description.versions),
+        notes=list(description.notes),
+    )

@@ -1,0 +1,151 @@
+"""The folder of a run: what lies where, and who may write into it.
+
+runs/NAME/  run.toml  plan.json  model.safetensors  report.json  report.html  metrics.jsonl  dense.json
+            journal/  checkpoint/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunus.core.errors import ConfigError, JournalError, LoadError, RunExistsError
+from prunus.core.files import write_atomically
+from prunus.core.settings import RunSettings, make_settings, read_settings
+
+_FILES = (
+    "run.toml",
+    "plan.json",
+    "model.safetensors",
+    "report.json",
+    "report.html",
+    "metrics.jsonl",
+    "dense.json",
+)
+_FOLDERS = ("journal", "checkpoint")
+MAX_JSON_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run, and its small files."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / "run.toml"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "report.json").is_file()
+
+    @property
+    def holds_run(self) -> bool:
+        return any((self.path / name).exists() for name in (*_FILES, *_FOLDERS))
+
+    def check(self, overwrite: bool) -> None:
+        """Raises RunExistsError if it holds a run and `overwrite` is false, ConfigError if it holds anything else.
+
+        Nothing but a run is ever overwritten.
+        """
+        if self.holds_run:
+            if not overwrite:
+                raise RunExistsError(str(self.path))
+            return
+        try:
+            strangers = sorted({p.name for p in self.path.iterdir()} - {".lock"}) if self.path.exists() else []
+        except OSError as error:
+            raise ConfigError(f"folder {self.path} cannot be used: {error.strerror}", key="output") from None
+        if strangers:
+            raise ConfigError(
+                f"folder {self.path} is not empty and holds no run ({strangers[0]}, ...); choose another --output",
+                key="output",
+            )
+
+    def clear(self) -> None:
+        """Delete the run's own files."""
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            if (self.path / name).exists():
+                shutil.rmtree(self.path / name)
+
+    def discard(self) -> None:
+        """Delete the run and its folder, if nothing else is in it."""
+        self.clear()
+        (self.path / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def read_settings(self, trust: bool) -> RunSettings:
+        """The settings the run began with.
+
+        Raises JournalError if there is no run here, ConfigError if they name code and `trust` is false.
+        """
+        if not self.settings_file.is_file():
+            raise JournalError(f"{self.path} holds no run (there is no run.toml in it)")
+        values = read_settings(self.settings_file)
+        values.pop("trust", None)
+        settings = make_settings({**values, "trust": trust})
+        named = [
+            settings.plugin,
+            settings.importance or "",
+            settings.adapter,
+            settings.model or "",
+            *settings.teachers,
+        ]
+        for name in named:
+            if not trust and ":" in name:
+                raise ConfigError(
+                    f"{self.settings_file} names code to run ({name!r}); pass --trust if you trust its author",
+                    key="trust",
+                )
+        return settings
+
+    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
+        write_atomically(self.path / name, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Raises LoadError naming the file."""
+        path = self.path / name
+        try:
+            if path.stat().st_size > MAX_JSON_BYTES:
+                raise LoadError(f"{path} is larger than the {MAX_JSON_BYTES} bytes allowed")
+            data = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise LoadError(f"{self.path} holds no finished run ({name} is missing)") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise LoadError(f"{path} cannot be read: {error}") from None
+        if not isinstance(data, dict):
+            raise LoadError(f"{path} is damaged: it holds no JSON object")
+        return data
+
+
+def choose_folder(settings: RunSettings, root: Path = Path("runs")) -> Path:
+    """A folder that does not exist yet, named after plugin, model, data and target."""
+    parts = [settings.plugin, settings.model or "default", settings.data, settings.targets[0]]
+    name = "_".join(re.sub(r"[^A-Za-z0-9.=-]+", "-", part.split("/")[-1]).strip("-.") for part in parts)[:120]
+    candidate, number = root / name, 1
+    while candidate.exists():
+        number += 1
+        candidate = root / f"{name}_{number}"
+    return candidate
