@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunus.adapters.pytorch.signals import Batch, evaluating, images_of
+from prunus.adapters.pytorch.signals import Batch, images_of, measuring
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +40,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     before = Statistics(tuple((b, b.detach().clone()) for norm in norms for b in norm.buffers()))
     momenta = [norm.momentum for norm in norms]
-    with evaluating(model):
+    with measuring(model):
         try:
             for norm in norms:
                 norm.train()

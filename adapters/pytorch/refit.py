@@ -20,7 +20,7 @@ from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.patches import Sample, outputs, rows, sample, weight_rows
 from prunus.adapters.pytorch.refit_layers import Layer, find_layers
 from prunus.adapters.pytorch.regression import RIDGE, ridge, ridge_from_rows
-from prunus.adapters.pytorch.signals import Batch, evaluating, images_of
+from prunus.adapters.pytorch.signals import Batch, images_of, measuring
 from prunus.core.cost import FloatArray, IntArray
 from prunus.core.directives import Refit
 from prunus.core.errors import TrainingError
@@ -75,7 +75,7 @@ def refit(
     if mode == "none" or (not kept_indices and not survival):
         return Refitted()
     images = _images(pruned, dense, batches)
-    with evaluating(pruned), evaluating(dense):
+    with measuring(pruned, dense):
         layers, skipped = find_layers(pruned, dense, graph, kept_indices, survival or {}, images[:2])
         if mode == "sequential":
             changed = _sequential(pruned, dense, layers, images, share)
@@ -91,7 +91,7 @@ def _images(pruned: nn.Module, dense: nn.Module, batches: Iterable[Batch]) -> Te
     for batch in batches:
         images = images_of(batch, pruned)
         if not collected:
-            with evaluating(dense):
+            with measuring(dense):
                 room = max(MEMORY // _bytes_of_one(dense, images[:1]), 2)
         collected.append(images[: room - count])
         count += len(collected[-1])

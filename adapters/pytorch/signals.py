@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prunus.adapters.pytorch.covariance import Moments
+from prunus.adapters.pytorch.evaluation import evaluating
 from prunus.adapters.pytorch.gates import named_tensors
 from prunus.adapters.pytorch.gating import Gating
 from prunus.core.cost import FloatArray
@@ -92,7 +93,7 @@ class MeasuredSignals:
             for module in self._readers[name]:
                 handles.append(module.register_forward_pre_hook(_observer(moments[name], width)))
         try:
-            with evaluating(self._model), Gating(self._model, self._graph, self._gates), torch.no_grad():
+            with measuring(self._model), Gating(self._model, self._graph, self._gates), torch.no_grad():
                 for batch in self._batches:
                     self._model(images_of(batch, self._model))
         finally:
@@ -106,7 +107,7 @@ class MeasuredSignals:
         squared = {name: np.zeros(group.units) for name, group in self._graph.groups.items()}
         gating = Gating(self._model, self._graph, self._gates, gradients=True)
         count = 0
-        with evaluating(self._model), _differentiable(gating.sensed), gating, torch.enable_grad():
+        with measuring(self._model), _differentiable(gating.sensed), gating, torch.enable_grad():
             for batch in self._batches:
                 images, labels = images_of(batch, self._model), labels_of(batch, self._model)
                 loss = loss_fn(self._model(images), labels)
@@ -163,17 +164,11 @@ def labels_of(batch: Batch, model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no autocast inside; every module's mode is as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def measuring(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode and full precision for the block: statistics taken under autocast are worthless."""
+    device = next((p.device.type for model in models for p in model.parameters()), "cpu")
+    with evaluating(*models), torch.autocast(device, enabled=False):
+        yield
 
 
 @contextmanager
