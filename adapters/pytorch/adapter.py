@@ -26,7 +26,6 @@ from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.lineage import kept_of, kept_since, map_back, scattered, shapes_of, spread
 from prunus.adapters.pytorch.optimizer_state import carry_state
 from prunus.adapters.pytorch.optimizers import TrainingSettings
-from prunus.adapters.pytorch.prunable import Prunable, make_prunable
 from prunus.adapters.pytorch.recalibration import recalibrate
 from prunus.adapters.pytorch.refit import refit
 from prunus.adapters.pytorch.run_state import (
@@ -40,7 +39,7 @@ from prunus.adapters.pytorch.run_state import (
 from prunus.adapters.pytorch.signals import measure
 from prunus.adapters.pytorch.training import Job, Progress, Trainer
 from prunus.adapters.pytorch.unit_decay import UnitDecay
-from prunus.adapters.pytorch.verification import verify
+from prunus.adapters.pytorch.verification import Prepared, prepare, verify
 from prunus.adapters.pytorch.weights import load_strictly
 from prunus.core.adapter import Watcher
 from prunus.core.cost import FloatArray
@@ -110,11 +109,11 @@ class PyTorchAdapter:
         self.origin, self.settings, self.data = origin, settings, data
         self.snapshots: dict[str, Remembered] = {}
         self._watcher: Watcher | None = None
-        self._prunable, self._shapes = self._look_at(model)
-        self.original_graph = self._prunable.trace.graph.with_floors(settings.min_share, settings.multiple_of)
+        self._prepared, self._shapes = self._look_at(model)
+        self.original_graph = self._prepared.graph.with_floors(settings.min_share, settings.multiple_of)
         provenance = {**origin.provenance, "fingerprint": self.original_graph.fingerprint}
         self.plan = PruningPlan.begin(origin.source, self.original_graph, provenance).model_copy(
-            update={"handlers": dict(self._prunable.handlers)}
+            update={"handlers": dict(self._prepared.handlers)}
         )
         self._base = self.original_graph  # the graph of the traced model: the original, or the grown one
         self._base_plan = self.plan
@@ -126,8 +125,8 @@ class PyTorchAdapter:
         self._epochs_done = 0
         self.model.to(settings.training.device)
 
-    def _look_at(self, model: nn.Module) -> tuple[Prunable, dict[str, tuple[int, ...]]]:
-        return make_prunable(model, self.origin.input.example(2)), shapes_of(model)
+    def _look_at(self, model: nn.Module) -> tuple[Prepared, dict[str, tuple[int, ...]]]:
+        return prepare(model, self.origin.input.example(2)), shapes_of(model)
 
     @property
     def graph(self) -> ChannelGraph:
@@ -272,7 +271,7 @@ class PyTorchAdapter:
         before, counts = self._graph, {**self._graph.units, **directive.widths}
         if any(len(units) != self._base.units[name] for name, units in self.plan.keep.items()):
             raise PlanError("a model can be grown only before anything is removed from it")
-        edits = self._prunable.bindings.edits(before.units, counts)
+        edits = self._prepared.bindings.edits(before.units, counts)
         wider, growth, changes = surgery.grow(
             self.model, before, directive.widths, seed=self._seed, noise=directive.noise, edits=edits
         )
@@ -286,7 +285,7 @@ class PyTorchAdapter:
     def _rebase(self, graph: ChannelGraph) -> None:
         """From now on `self.model` as it is, whose graph is `graph`, is what removals are compared with."""
         device = self.settings.training.device
-        self._prunable, self._shapes = self._look_at(self.model.to("cpu"))
+        self._prepared, self._shapes = self._look_at(self.model.to("cpu"))
         self.model.to(device)
         self._base = self._graph = graph
         self._base_plan = self.plan
@@ -324,7 +323,7 @@ class PyTorchAdapter:
         """Remove everything but `keep` from `model`: the current one, or a copy of it."""
         before = self._graph.units
         after = {**before, **{name: len(units) for name, units in keep.items()}}
-        edits = self._prunable.bindings.edits(before, after)
+        edits = self._prepared.bindings.edits(before, after)
         return edits, surgery.remove(model, self._graph, keep, edits)
 
     def _extracted(self, keep: Keep, gates: Gates | None) -> tuple[nn.Module, ChannelGraph, Gates | None]:
@@ -336,8 +335,7 @@ class PyTorchAdapter:
     def _verify(self, reference: Mapping[str, torch.Tensor]) -> Verification:
         device = self.settings.training.device
         inputs = tuple(_to(x, device) for x in self.origin.input.example(2, seed=self._seed))
-        verdict = verify(self.model, self._prunable.trace, reference, kept_of(self.plan), inputs)
-        return Verification("exact", verdict.max_error, verdict.scale)
+        return verify(self.model, self._prepared, reference, kept_of(self.plan), inputs)
 
     def _refit(
         self,
@@ -365,9 +363,9 @@ class PyTorchAdapter:
             recalibrate(self.model, calibration)
             return None
         loss = evaluate(self.model, self._split("holdout"), device).loss
-        undo = recalibrate(self.model, calibration)
+        statistics = recalibrate(self.model, calibration)
         if evaluate(self.model, self._split("holdout"), device).loss >= loss:
-            undo()
+            statistics.restore()
         return loss
 
     # ---- snapshot, checkpoint, restore ------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunus.adapters.pytorch.verification import state_of
+from prunus.adapters.pytorch.comparison import state_of
 from prunus.core.cost import FloatArray, IntArray
 from prunus.core.graph import Axis, ChannelGraph, Keep
 from prunus.core.plan import PruningPlan
