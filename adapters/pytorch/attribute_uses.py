@@ -7,17 +7,17 @@ tells its own origin: no guessing by value, so that `num_heads == head_dim == 8`
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from prunus.adapters.pytorch.size_algebra import OPERATORS, Attribute, Expression, Operation
+from prunus.adapters.pytorch.structural_copy import structural_copy
 
 
 class _Tracked(int):
@@ -100,7 +100,7 @@ def _size_runs(arguments: Sequence[Any]) -> Iterator[list[int]]:
 
 def record_uses(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Use]:
     """Every use of an integer attribute as a size in one forward pass, in order; `model` is not touched."""
-    twin = _structural_copy(model)
+    twin = structural_copy(model).eval()
     recorder = _Recorder()
     with ExitStack() as hooks, torch.no_grad():
         for path, module in twin.named_modules():
@@ -118,15 +118,6 @@ def record_uses(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def _drop(owners: list[str]) -> None:
     owners.pop()
-
-
-def _structural_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares every tensor with `model`."""
-    tensors: dict[int, Any] = {id(p): p for p in model.parameters()}
-    tensors.update((id(b), b) for b in model.buffers())
-    for module in model.modules():
-        tensors.update((id(v), v) for v in vars(module).values() if isinstance(v, Tensor))
-    return copy.deepcopy(model, tensors).eval()
 
 
 def _track_attributes(path: str, module: nn.Module) -> None:

@@ -7,17 +7,17 @@ groups that the forward cannot follow, with what went wrong as the reason.
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.adapters.pytorch.attributes import Bindings
 from prunus.adapters.pytorch.comparison import compare, state_of
 from prunus.adapters.pytorch.equal_counts import with_locks
+from prunus.adapters.pytorch.structural_copy import structural_copy
 from prunus.adapters.pytorch.surgery import remove
 from prunus.adapters.pytorch.tracing import Trace
 from prunus.core.errors import PrunusError
@@ -78,7 +78,7 @@ class _Probe:
         """What goes wrong when the groups of `items` shrink at random, None if nothing does."""
         keep = random_keep(graph, seed, [name for item in items for name in item])
         counts = graph.units | {name: len(units) for name, units in keep.items()}
-        pruned = _structural_copy(self._model)
+        pruned = structural_copy(self._model)
         try:
             remove(pruned, graph, keep, self._bindings.edits(graph.units, counts))
             compare(pruned, self._trace, state_of(self._model), keep, self._args)
@@ -116,10 +116,3 @@ def _items(graph: ChannelGraph) -> list[tuple[str, ...]]:
     for name, group in graph.prunable.items():
         items.setdefault(group.equal_count or name, []).append(name)
     return [tuple(names) for names in items.values()]
-
-
-def _structural_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares tensors with `model`: removal replaces tensors, it never writes into one."""
-    tensors: dict[int, Tensor] = {id(p): p for p in model.parameters()}
-    tensors.update((id(b), b) for b in model.buffers())
-    return copy.deepcopy(model, tensors)
