@@ -54,7 +54,7 @@ class JointSearchConfig(PluginConfig):
     """Share of the epochs that the whole network is trained before anything is removed."""
     round_share: float = Field(default=0.06, gt=0, lt=1)
     """Share of the epochs after each extraction but the last, which is trained with all that is left."""
-    lr: float | None = Field(default=0.12, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the one cycle over everything; None is the run's."""
     unit_weights: Literal["learned", "random", "none"] = "learned"
     """Learned on the hold-out while training; `random` and `none` are for ablation."""

@@ -43,16 +43,18 @@ def test_the_inverse_of_the_precision_is_the_variance_given_all_others(n: int, s
         assert conditional[i, 0, 0] == pytest.approx(covariance[i, i] - explained, rel=1e-6)
 
 
-@given(st.integers(3, 9), st.integers(1, 3), st.integers(0, 2**32 - 1))
+@given(st.integers(3, 9), st.integers(1, 3), st.booleans(), st.integers(0, 2**32 - 1))
 @settings(max_examples=50, deadline=None)
 def test_folding_away_is_the_least_squares_refit_and_the_inverse_of_what_is_left(
-    n: int, blocks: int, seed: int
+    n: int, blocks: int, fortran: bool, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     covariance, weight = covariance_of(rng, n), rng.normal(size=(4, n))
     gone = rng.choice(n, size=min(blocks, n - 1), replace=False)
     left = np.setdiff1d(np.arange(n), gone)
     precision, folded = np.linalg.inv(covariance), weight.copy()
+    if fortran:
+        precision, folded = np.asfortranarray(precision), np.asfortranarray(folded)
     fold_away(precision, folded, gone)
     assert precision[np.ix_(left, left)] == pytest.approx(
         np.linalg.inv(covariance[np.ix_(left, left)]), rel=1e-5, abs=1e-7
