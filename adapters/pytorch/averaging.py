@@ -15,18 +15,15 @@ class WeightAverage:
 
     def __init__(self, average: nn.Module, model: nn.Module, decay: float, updates: int = 0) -> None:
         self.updates = updates
-        self._decay = decay
-        ours, theirs = average.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
-        floating = [name for name, value in ours.items() if value.is_floating_point()]
-        self._average = [ours[name].detach() for name in floating]
-        self._model = [theirs[name].detach() for name in floating]
-        rest = [name for name in ours if name not in set(floating)]
-        self._counters = [(ours[name], theirs[name]) for name in rest]
+        self._average, self._model, self._decay = average, model, decay
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._average, self._model, 1 - decay)
-        for ours, theirs in self._counters:
-            ours.copy_(theirs)
+        # looked up each time: a change of memory layout puts other storage behind a parameter
+        ours, theirs = self._average.state_dict(), self._model.state_dict()
+        floating = [name for name, value in ours.items() if value.is_floating_point()]
+        torch._foreach_lerp_([ours[name] for name in floating], [theirs[name] for name in floating], 1 - decay)
+        for name in ours.keys() - set(floating):
+            ours[name].copy_(theirs[name])
         self.updates += 1
