@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.checkpoints import Fit, fit_weights, head_classes, read_weights, refuse_non_finite
-from prunus.adapters.pytorch.families import FAMILIES, Family, PythonFamily
+from prunus.adapters.pytorch.families import FAMILIES, Family, PythonFamily, TimmFamily
 from prunus.adapters.pytorch.inputs import ImageFacts, InputSpec
 from prunus.core.errors import LoadError
 from prunus.core.plan import ModelSource
@@ -78,7 +78,11 @@ def build(
         else:
             module, fit = family.construct(short, options), Fit(head=False)
     module.eval()
-    outputs = _dry_run(module, spec, name)
+    published = family.published_input(short, kwargs or {}, pretrained).size[1:]
+    if isinstance(family, TimmFamily) and spec.size[1:] == published:
+        outputs = int(module.num_classes)  # nothing to try out, and trying takes seconds on a large model
+    else:
+        outputs = _dry_run(module, spec, name)
     if classes is not None and outputs is not None and outputs != classes:
         raise LoadError(f"{name} answers with {outputs} classes, the data has {classes}")
     source = ModelSource(name=name, kwargs=options)
@@ -150,15 +154,10 @@ def _from_checkpoint(
     head = _head_tensors(family, short, options, module)
     if classes is None:  # the checkpoint knows how many classes it was trained for
         found = head_classes(weights, module, head)
-        wanted = {} if found is None else family.class_keywords(short, found)
-        if any(options.get(key) != value for key, value in wanted.items()) and found != _classes_of(module, head):
-            options = {**options, **wanted}
+        if found is not None and found != head_classes(module.state_dict(), module, head):
+            options = {**options, **family.class_keywords(short, found)}
             module = family.construct(short, options)
     return module, fit_weights(module, weights, head, f"checkpoint {path}"), options
-
-
-def _classes_of(module: nn.Module, head: tuple[str, ...]) -> int | None:
-    return head_classes(module.state_dict(), module, head)
 
 
 def _head_tensors(family: Family, short: str, options: dict[str, Any], module: nn.Module) -> tuple[str, ...]:
@@ -176,7 +175,7 @@ def _dry_run(module: nn.Module, spec: InputSpec, name: str) -> int | None:
     if spec.kind != "image":
         return None
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: models cache tensors that training needs later
             output = module(torch.zeros(1, *spec.size))
     except Exception as error:  # a model may fail on a size in any way it likes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -125,6 +126,7 @@ class TimmFamily(Family):
         cfg = get_pretrained_cfg(short)
         if cfg is None or not cfg.has_weights:
             return super().pretrained(short, options)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a minute of notices about its retries
         with _one_line(f"the pretrained weights of timm/{short} cannot be loaded", _INSTEAD):
             return timm.create_model(short, pretrained=True, **_safe(options)), int(cfg.num_classes)
 

@@ -164,6 +164,22 @@ def test_fashion_mnist_is_read_from_idx_files_compressed_or_not(fashion: Path) -
     assert (data.train.samples, data.holdout.samples, data.test.samples) == (50, 10, 20)
 
 
+def test_a_data_set_of_timm_is_found_by_name_and_kept_in_memory(fashion: Path) -> None:
+    raw = fashion / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in fashion.glob("*ubyte*"):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        (raw / path.name.removesuffix(".gz")).write_bytes(content)
+    ours, timms = open_data(f"fashion-mnist:{fashion}"), open_data(f"torch/mnist:{fashion}")
+    assert ours is not None
+    assert timms is not None
+    spec, options = InputSpec((1, 28, 28), (0.0,), (1.0,)), LoadOptions(batch_size=8)
+    for part in ("holdout", "calibration", "test"):
+        one, other = (gathered(getattr(load_data(source, spec, options), part)) for source in (ours, timms))
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
 def test_broken_idx_files_are_refused(fashion: Path) -> None:
     path = fashion / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:500])
