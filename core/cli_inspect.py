@@ -13,6 +13,8 @@ from prunus.core.streams import stdout_for_json
 if TYPE_CHECKING:
     from prunus.core.adapter import Session
     from prunus.core.graph import ChannelGraph
+    from prunus.core.report import Report
+    from prunus.core.run_folder import RunFolder
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Registries = Annotated[
@@ -70,7 +72,7 @@ def evaluate(
     from prunus.core.run_folder import RunFolder
 
     folder = RunFolder(run)
-    finished = folder.read_json("report.json")
+    finished = _finished(folder)
     changed = {k: v for k, v in (("data", data), ("device", device)) if v is not None}
     settings = folder.read_settings(trust).model_copy(
         update={**changed, "teachers": (), "pretrained": False, "checkpoint": None}
@@ -81,16 +83,15 @@ def evaluate(
         tested = session.test()
         if tested is None:
             raise ConfigError(f"{run} was made without data; name some with --data", key="data")
-        cost = session.adapter.graph.cost()
         facts = {
             "run": str(run),
-            "model": finished.get("model"),
+            "model": finished.model,
             "accuracy": tested.accuracy,
             "loss": tested.loss,
             "samples": tested.samples,
-            "macs": int(cost.macs),
-            "params": int(cost.params),
-            "bytes": int(cost.bytes),
+            "macs": finished.pruned.macs,
+            "params": finished.pruned.params,
+            "bytes": finished.pruned.bytes,
         }
         if as_json:
             out.write(json.dumps(facts) + "\n")
@@ -100,8 +101,8 @@ def evaluate(
             from prunus.core.display import human
 
             Console().print(
-                f"{facts['model']}: [bold]{tested.accuracy:.2%}[/] of {tested.samples:,} test images (loss "
-                f"{tested.loss:.4f}), {human(cost.macs)} MACs, {human(cost.params)} parameters",
+                f"{finished.model}: [bold]{tested.accuracy:.2%}[/] of {tested.samples:,} test images (loss "
+                f"{tested.loss:.4f}), {human(finished.pruned.macs)} MACs, {human(finished.pruned.params)} parameters",
                 highlight=False,
             )
     return 0
@@ -112,18 +113,10 @@ def report(
     as_json: Json = False,
 ) -> int:
     """Show a finished run again, and rebuild its report.html."""
-    from pydantic import ValidationError
-
-    from prunus.core.errors import LoadError
-    from prunus.core.plugin_settings import first_problem
-    from prunus.core.report import Report
     from prunus.core.report_page import write_page
     from prunus.core.run_folder import RunFolder
 
-    try:
-        finished = Report.model_validate(RunFolder(run).read_json("report.json"))
-    except ValidationError as error:
-        raise LoadError(f"{run / 'report.json'} is damaged: {first_problem(error)}") from None
+    finished = _finished(RunFolder(run))
     write_page(finished, run / "report.html")
     if as_json:
         typer.echo(json.dumps(finished.for_scripts()))
@@ -134,6 +127,20 @@ def report(
 
         Console().print(summary(finished))
     return 0
+
+
+def _finished(folder: RunFolder) -> Report:
+    """The report of a finished run. Raises LoadError naming what is missing or damaged."""
+    from pydantic import ValidationError
+
+    from prunus.core.errors import LoadError
+    from prunus.core.plugin_settings import first_problem
+    from prunus.core.report import Report
+
+    try:
+        return Report.model_validate(folder.read_json("report.json"))
+    except ValidationError as error:
+        raise LoadError(f"{folder.path / 'report.json'} is damaged: {first_problem(error)}") from None
 
 
 def _open(settings: Any, registry: list[Path] | None) -> Session:

@@ -49,6 +49,13 @@ def configure(config: type[PluginConfig], plugin: str, values: Mapping[str, Any]
         raise ConfigError(f"{plugin}: {first_problem(error)}", key=_first_key(error)) from None
 
 
+def resolved(config: PluginConfig) -> dict[str, Any]:
+    """Every setting with its value, as data that TOML can say and `configure` reads back."""
+    values = config.model_dump(mode="json")
+    defaults = type(config)().model_dump(mode="json")
+    return {k: "none" if v is None else v for k, v in values.items() if v is not None or defaults[k] is not None}
+
+
 def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic error in one line: key, what is wrong, what was given."""
     problem = error.errors(include_url=False)[0]

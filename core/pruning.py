@@ -23,7 +23,7 @@ from prunus.core.history import History
 from prunus.core.importance import ImportanceEstimator
 from prunus.core.interrupts import Interrupts
 from prunus.core.journal import Journal
-from prunus.core.plugin_settings import configure
+from prunus.core.plugin_settings import configure, resolved
 from prunus.core.policy import PruningPolicy, PruningTask
 from prunus.core.registry import Registry
 from prunus.core.report import Report, make_report
@@ -65,6 +65,14 @@ class Method:
     @property
     def needs(self) -> frozenset[Signal]:
         return self.policy.needs | (self.estimator.needs if self.estimator is not None else frozenset())
+
+    def resolved(self, settings: RunSettings) -> RunSettings:
+        """`settings` with every plugin setting spelled out."""
+        update: dict[str, object] = {"config": resolved(self.policy.config)}
+        if self.estimator is not None:
+            name = settings.importance or DEFAULT_IMPORTANCE
+            update |= {"importance": name, "importance_config": resolved(self.estimator.config)}
+        return settings.model_copy(update=update)
 
 
 def find_method(settings: RunSettings, registry: Registry) -> Method:
@@ -136,7 +144,7 @@ def prune(
         started = time.monotonic()
         open_session = registry.adapter(settings.adapter)
         session = open_session(settings)
-        settings = session.settings
+        settings = method.resolved(session.settings)
         task = _task(settings, method, session)
         display.opened(session.describe(), settings, task.budget)
         if not resume:

@@ -1,0 +1,221 @@
+"""The journal gives back what was written, and names the file that was damaged."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunus.core.digest import digest
+from prunus.core.directives import Changed, Evaluated, Measure, Remove, Train, Trained
+from prunus.core.errors import JournalError, PlanError, PluginError
+from prunus.core.graph_record import GraphRecord, rebuild_graph, record_graph
+from prunus.core.journal import SCHEMA, Journal
+from prunus.core.observations import RecordingReader
+from prunus.core.run_lock import RunLock
+from prunus.core.signals import Signal
+from prunus.core.testing.graphs import mlp_graph, residual_graph
+from prunus.core.testing.simulation import SimulatedAdapter
+
+BELONGS = "a" * 64
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A journal with one entry of each kind of observation."""
+    folder = tmp_path_factory.mktemp("written") / "journal"
+    adapter = SimulatedAdapter(samples=64, dense_epochs=1)
+    journal = Journal.create(folder, "1.0", BELONGS)
+    journal.append("Note", "0" * 64, None, 0.0)
+    journal.append("Train", "1" * 64, Trained(0.5, None, 1e9, 7), 1.5)
+    journal.append("Evaluate", "2" * 64, Evaluated(0.25, 0.875, 64), 0.1)
+    reader = RecordingReader(adapter.measure(Measure(frozenset({Signal.WEIGHT, Signal.ACTIVATION_MEAN}))), "p")
+    reader.read(Signal.WEIGHT, "fc0.weight")
+    reader.read(Signal.ACTIVATION_MEAN, "fc1.weight")
+    assert reader.has(Signal.WEIGHT, "fc1.weight")
+    assert not reader.has(Signal.WEIGHT, "nothing")
+    journal.append("Measure", "3" * 64, reader, 0.2)
+    journal.append("Remove", "4" * 64, adapter.remove(Remove({"h0": range(12)})), 0.3)
+    return folder
+
+
+def test_what_was_written_is_read(written: Path) -> None:
+    nothing, trained, evaluated, signals, changed = Journal.open(written, "1.0", BELONGS).entries
+    assert nothing.observation is None
+    assert trained.observation == Trained(0.5, None, 1e9, 7)
+    assert evaluated.observation == Evaluated(0.25, 0.875, 64)
+    adapter = SimulatedAdapter(samples=64, dense_epochs=1)
+    reader = signals.observation
+    np.testing.assert_array_equal(reader.read(Signal.WEIGHT, "fc0.weight"), adapter.weights["fc0.weight"])  # type: ignore[union-attr]
+    assert reader.has(Signal.WEIGHT, "fc1.weight")  # type: ignore[union-attr]
+    assert not reader.has(Signal.WEIGHT, "nothing")  # type: ignore[union-attr]
+    expected = adapter.remove(Remove({"h0": range(12)}))
+    assert isinstance(changed.observation, Changed)
+    assert changed.observation.plan == expected.plan
+    assert changed.observation.graph.fingerprint == expected.graph.fingerprint
+
+
+def test_reading_what_was_not_recorded_blames_the_method(written: Path) -> None:
+    reader = Journal.open(written, "1.0", BELONGS).entries[3].observation
+    with pytest.raises(JournalError, match="not a deterministic function"):
+        reader.read(Signal.ACTIVATION_MEAN, "fc0.weight")  # type: ignore[union-attr]
+    with pytest.raises(PlanError, match="there is no weight"):
+        reader.read(Signal.WEIGHT, "nothing")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("graph", [mlp_graph([4, 8, 6, 2]), residual_graph(12, [8, 6])])
+def test_a_graph_survives_its_record(graph: object) -> None:
+    record, indices = record_graph(graph)  # type: ignore[arg-type]
+    again = rebuild_graph(GraphRecord.model_validate_json(record.model_dump_json()), indices)
+    assert again.fingerprint == graph.fingerprint  # type: ignore[attr-defined]
+    assert again.tensors == graph.tensors  # type: ignore[attr-defined]
+
+
+def test_a_gap_names_the_missing_entry(written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written, tmp_path / "journal")
+    (folder / "000002.json").unlink()
+    with pytest.raises(JournalError, match=r"000002\.json is missing"):
+        Journal.open(folder, "1.0", BELONGS)
+
+
+def test_missing_arrays_are_named(written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written, tmp_path / "journal")
+    (folder / "000003.safetensors").unlink()
+    with pytest.raises(JournalError, match=r"000003\.safetensors is missing"):
+        Journal.open(folder, "1.0", BELONGS)
+
+
+def test_an_entry_that_was_edited_is_found(written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written, tmp_path / "journal")
+    entry = json.loads((folder / "000002.json").read_text())
+    entry["entry"]["observation"]["accuracy"] = 0.99
+    (folder / "000002.json").write_text(json.dumps(entry))
+    with pytest.raises(JournalError, match="checksum does not match"):
+        Journal.open(folder, "1.0", BELONGS)
+
+
+def test_another_schema_is_refused_with_both_versions(written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written, tmp_path / "journal")
+    head = {"schema": SCHEMA + 1, "version": "7.5", "belongs_to": BELONGS, "something": "new"}
+    (folder / "head.json").write_text(json.dumps(head))
+    with pytest.raises(JournalError, match=r"schema 2 by prunus 7\.5.*prunus 1\.0, which reads schema 1"):
+        Journal.open(folder, "1.0", BELONGS)
+
+
+def test_truncating_removes_the_last_entries_and_their_arrays(written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written, tmp_path / "journal")
+    Journal.open(folder, "1.0", BELONGS).truncate(3)
+    assert sorted(p.name for p in folder.iterdir()) == ["000000.json", "000001.json", "000002.json", "head.json"]
+    assert len(Journal.open(folder, "1.0", BELONGS).entries) == 3
+
+
+def test_a_mutated_journal_gives_a_typed_error_within_a_second_and_writes_nothing(
+    written: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(0)
+    files = sorted(p.name for p in written.iterdir())
+    for round_ in range(300):
+        folder = shutil.copytree(written, tmp_path / "journal", dirs_exist_ok=True)
+        target = folder / rng.choice(files)
+        raw = bytearray(target.read_bytes())
+        for _ in range(rng.choice([1, 1, 3, 30])):
+            match rng.randrange(3):
+                case 0:
+                    raw[rng.randrange(len(raw))] = rng.randrange(256)
+                case 1:
+                    del raw[rng.randrange(len(raw)) :]
+                case _:
+                    at = rng.randrange(len(raw) + 1)
+                    raw[at:at] = bytes(rng.randrange(256) for _ in range(rng.choice([1, 8, 64])))
+            if not raw:
+                break
+        target.write_bytes(raw)
+        started = time.monotonic()
+        try:
+            opened = Journal.open(folder, "1.0", BELONGS)
+        except JournalError as error:
+            assert str(folder) in str(error), round_
+        else:
+            assert len(opened.entries) == 5
+        assert time.monotonic() - started < 1.0
+        assert sorted(p.name for p in folder.iterdir()) == files
+
+
+def test_a_deeply_nested_entry_is_a_typed_error(written: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written, tmp_path / "journal")
+    (folder / "000001.json").write_text("[" * 200_000)
+    with pytest.raises(JournalError, match=r"000001\.json is damaged"):
+        Journal.open(folder, "1.0", BELONGS)
+
+
+def test_a_closed_reader_blames_the_plugin() -> None:
+    adapter = SimulatedAdapter(samples=64, dense_epochs=0)
+    reader = RecordingReader(adapter.measure(Measure(frozenset({Signal.WEIGHT}))), "late")
+    reader.close()
+    with pytest.raises(PluginError, match="'late'"):
+        reader.read(Signal.WEIGHT, "fc0.weight")
+
+
+_PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(_PLAIN, _PLAIN)
+def test_equal_content_has_equal_digests_and_different_content_different_ones(a: object, b: object) -> None:
+    def exact(value: object) -> str:  # 1, 1.0 and True are equal to Python and different to a digest
+        return json.dumps(value, sort_keys=True)
+
+    assert digest(a) == digest(json.loads(exact(a)))
+    if exact(a) != exact(b):
+        assert digest(a) != digest(b)
+
+
+def test_a_digest_sees_every_unit_and_ignores_the_order_of_groups() -> None:
+    one = Remove({"a": [0, 1], "b": [2]})
+    assert digest(one) == digest(Remove({"b": [2], "a": [0, 1]}))
+    assert digest(one) != digest(Remove({"a": [0, 2], "b": [2]}))
+    gates = np.linspace(0, 1, 5)
+    moved = gates.copy()
+    moved[3] = np.nextafter(moved[3], 1)
+    assert digest(Train(1.0, gates={"a": gates})) != digest(Train(1.0, gates={"a": moved}))
+
+
+def test_what_is_no_plain_data_has_no_digest() -> None:
+    with pytest.raises(TypeError, match="object is not plain data"):
+        digest({"x": object()})
+
+
+def _hold(folder: Path, ready: object, done: object) -> None:
+    with RunLock(folder):
+        ready.set()  # type: ignore[attr-defined]
+        done.wait(20)  # type: ignore[attr-defined]
+
+
+def test_a_second_process_on_a_folder_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path, ready, done))
+    holder.start()
+    try:
+        assert ready.wait(20)
+        with (
+            pytest.raises(JournalError, match=rf"in use by another process \(pid {holder.pid}\)"),
+            RunLock(tmp_path),
+        ):
+            pass
+    finally:
+        done.set()
+        holder.join()
+    with RunLock(tmp_path):
+        pass
