@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from prunus.core import cli_inspect, cli_plugins, cli_prune
+from prunus.core import cli_export, cli_inspect, cli_latency, cli_plugins, cli_prune
 
 app = typer.Typer(
     name="optimize",
@@ -23,6 +23,8 @@ app.command("prune")(cli_prune.prune)
 app.command("inspect")(cli_inspect.inspect)
 app.command("evaluate")(cli_inspect.evaluate)
 app.command("report")(cli_inspect.report)
+app.command("export")(cli_export.export)
+app.command("latency")(cli_latency.latency)
 app.add_typer(cli_plugins.app, name="plugins")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 ExportFormat = Literal["onnx", "program"]
 """`onnx`: an ONNX file. `program`: a torch.export archive (.pt2)."""
@@ -47,3 +47,19 @@ class ExportReport:
     def max_error(self) -> float:
         """The worst relative error of all comparisons."""
         return max(check.relative_error for check in self.checks)
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """A session whose framework writes files for other runtimes."""
+
+    def export(
+        self, folder: Path, path: Path, form: ExportFormat, input_size: tuple[int, int, int]
+    ) -> ExportReport:
+        """Write the model of the finished run in `folder` to `path`, for images of `input_size` (C, H, W).
+
+        Compared with the model on random images, and on test images where the session has data. Raises
+        TraceError if the model has no such form, VerificationError if the file answers differently,
+        MissingDependencyError without the packages it takes.
+        """
+        ...

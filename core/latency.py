@@ -12,12 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from scipy.optimize import nnls
 
 from prunus.core.cost import CostTerm, Extent, FloatArray
 
+QUIET = 0.2
+"""Spread between quartiles, as a share of the median, beyond which a comparison is called noisy."""
 Monomial = tuple[Extent, ...]
 """A product of axis lengths; the empty one is the constant."""
 
@@ -31,6 +35,10 @@ class Timing:
     @property
     def median(self) -> float:
         return float(np.median(self.samples))
+
+    @property
+    def fastest(self) -> float:
+        return min(self.samples)
 
     @property
     def quartiles(self) -> tuple[float, float]:
@@ -59,8 +67,14 @@ class LatencyComparison:
         low, high = np.quantile(np.divide(self.pruned.samples, self.dense.samples), (0.25, 0.75))
         return float(low), float(high)
 
+    @property
+    def noisy(self) -> bool:
+        """True if half of the turns do not even agree within `QUIET`: the machine had other work."""
+        low, high = self.ratio_quartiles
+        return high - low > QUIET * self.ratio
+
     def won_per_macs(self, macs_share: float) -> float | None:
-        """Share of latency won per share of MACs removed: 1 where time falls like arithmetic; None if none went."""
+        """Share of latency won per share of MACs removed: 1 where time falls like arithmetic; None without."""
         return (1 - self.ratio) / (1 - macs_share) if macs_share < 1 else None
 
 
@@ -121,6 +135,31 @@ def calibrated(
 
 
 @dataclass(frozen=True, slots=True)
+class LatencyTable:
+    """Latency terms of one model on one machine, and how well they foretell whole models."""
+
+    terms: tuple[CostTerm, ...]
+    dense: float
+    """Seconds of the dense model, measured."""
+    checks: tuple[tuple[float, float], ...]
+    """(predicted, measured) seconds of models at random widths that were not fitted."""
+    threads: int
+    batch: int
+
+    @property
+    def errors(self) -> FloatArray:
+        """Relative errors of the checks, signed: positive where the prediction is too slow."""
+        return np.array([p / m - 1 for p, m in self.checks])
+
+    def __str__(self) -> str:
+        worst = float(np.abs(self.errors).max(initial=0.0))
+        return (
+            f"latency table: dense {self.dense * 1e3:.3g} ms (batch {self.batch}, {self.threads} threads); "
+            f"{len(self.checks)} models at random widths foretold within {worst:.1%}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Correction:
     """What the final measurement says about a latency target; times in seconds."""
 
@@ -152,3 +191,21 @@ class Correction:
             f"latency target {self.limit * 1e3:.3g} ms {verdict}: measured {self.measured * 1e3:.3g} ms, "
             f"predicted {self.predicted * 1e3:.3g} ms"
         )
+
+
+@runtime_checkable
+class Stopwatch(Protocol):
+    """A session whose framework can time models on this machine."""
+
+    def compare_latency(
+        self,
+        folder: Path,
+        input_size: tuple[int, int, int],
+        *,
+        batch: int,
+        threads: int | None,
+        repeats: int,
+        dtype: str,
+    ) -> LatencyComparison:
+        """The finished run's model in `folder` against the original, in turns, on images of `input_size`."""
+        ...

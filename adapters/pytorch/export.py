@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,15 @@ def export_program(
     Arguments and errors as in `export_onnx`; needs nothing but torch.
     """
     return _export(model, example, real, path, dynamic_batch, "program", _to_archive)
+
+
+class _Write(Protocol):
+    def __call__(
+        self, model: nn.Module, example: Sequence[Any], path: Path, *, real: Sequence[Any] | None = None
+    ) -> ExportReport: ...
+
+
+EXPORTS: dict[ExportFormat, _Write] = {"onnx": export_onnx, "program": export_program}
 
 
 def _export(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from prunus.adapters.pytorch.catalog import BuiltModel, build, construct
 from prunus.adapters.pytorch.datasets import DataSource, LoadOptions, load_data, open_data
 from prunus.adapters.pytorch.defaults import filled
 from prunus.adapters.pytorch.evaluation import evaluate
+from prunus.adapters.pytorch.export import EXPORTS
+from prunus.adapters.pytorch.latency import measure_pair
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.core.adapter import Description
 from prunus.core.directives import Evaluated
 from prunus.core.errors import ConfigError, LoadError
+from prunus.core.export import ExportFormat, ExportReport
 from prunus.core.graph import ChannelGraph
+from prunus.core.latency import LatencyComparison
 from prunus.core.plan import ModelSource, PruningPlan
 from prunus.core.settings import RunSettings
 
@@ -144,6 +149,29 @@ class PyTorchSession:
 
     def load(self, folder: Path) -> None:
         self.adapter.model = load(folder, trust=True).to(self._device)
+
+    def export(
+        self, folder: Path, path: Path, form: ExportFormat, input_size: tuple[int, int, int]
+    ) -> ExportReport:
+        real = None if self._bundle is None else (next(iter(self._bundle.test))[0][:8],)
+        example = replace(self._built.input, size=input_size).example(2)
+        return EXPORTS[form](load(folder, trust=self.settings.trust), example, path, real=real)
+
+    def compare_latency(
+        self,
+        folder: Path,
+        input_size: tuple[int, int, int],
+        *,
+        batch: int,
+        threads: int | None,
+        repeats: int,
+        dtype: str,
+    ) -> LatencyComparison:
+        pruned = load(folder, trust=self.settings.trust).to(self._device)
+        dense = self.construct(read_plan(folder).model).to(self._device)
+        example = replace(self._built.input, size=input_size).example(batch)
+        on_device = tuple(x.to(self._device) if isinstance(x, torch.Tensor) else x for x in example)
+        return measure_pair(dense, pruned, on_device, repeats=repeats, threads=threads, dtype=dtype)
 
 
 def open_session(settings: RunSettings) -> PyTorchSession:
