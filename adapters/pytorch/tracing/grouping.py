@@ -19,6 +19,8 @@ from prunus.core.graph import Axis, ChannelGroup, Role, Slice
 
 SINGLE = "it is a single unit"
 IRREGULAR = "its units are wired irregularly, so that no count says how long its axes become"
+UNWRITTEN = "no weight writes it"
+ROLES: tuple[Role, ...] = ("scales", "writes", "reads")
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -78,12 +80,12 @@ class Grouping:
         self._count = int(inverse.max(initial=-1)) + 1
         self._units = np.bincount(inverse.reshape(-1), minlength=self._count)
         self._lock_of: list[str | None] = [None] * self._count
-        for leaf, group in zip(leaves, self._group_of[leaves], strict=True):
-            if self._lock_of[group] is None:
-                self._lock_of[group] = self._reasons.get(int(leaf))
-        for group in range(self._count):
-            if self._units[group] == 1 and self._lock_of[group] is None:
-                self._lock_of[group] = SINGLE
+        self._locked = np.zeros(self._count, dtype=bool)
+        for leaf, text in self._reasons.items():
+            if self._group_of[leaf] >= 0:
+                self._lock(int(self._group_of[leaf]), text)
+        for group in np.flatnonzero(self._units == 1).tolist():
+            self._lock(group, SINGLE)
 
     def _lock_irregular(self) -> None:
         """Locks groups whose joint indices do not form a complete product, until none is left."""
@@ -96,15 +98,19 @@ class Grouping:
                     if not self._complete(pattern, rows):
                         found = True
                         for group in pattern:
-                            self._lock_of[group] = self._lock_of[group] or IRREGULAR
+                            self._lock(group, IRREGULAR)
             if not found:
                 return
+
+    def _lock(self, group: int, reason: str) -> None:
+        if self._lock_of[group] is None:
+            self._lock_of[group] = reason
+            self._locked[group] = True
 
     def _patterns(self, table: IntArray) -> Iterable[tuple[tuple[int, ...], IntArray]]:
         """Rows of a table by the unlocked groups of their leaves: (groups, (rows, leaves))."""
         groups = np.where(table == TRUE, -1, self._group_of[table])
-        locked = np.array([reason is not None for reason in self._lock_of], dtype=bool)
-        groups = np.where((groups >= 0) & locked[groups], -1, groups)
+        groups = np.where((groups >= 0) & self._locked[groups], -1, groups)
         order = np.argsort(np.where(groups < 0, np.iinfo(np.int64).max, groups), axis=1, kind="stable")
         groups, leaves = np.take_along_axis(groups, order, 1), np.take_along_axis(table, order, 1)
         patterns, inverse = np.unique(groups, axis=0, return_inverse=True)
@@ -128,6 +134,8 @@ class Grouping:
         return found
 
     def _extent(self, table: IntArray) -> Extent:
+        if table.shape[1] == 1:
+            return self._plain_extent(table[:, 0])
         constant, terms = 0, []
         for pattern, rows in self._patterns(table):
             if not pattern:
@@ -136,6 +144,16 @@ class Grouping:
             times = len(rows) // int(np.prod(self._units[list(pattern)]))
             terms.append((times, tuple(self._names[g] for g in pattern)))
         return Extent(constant, tuple(sorted(terms)))
+
+    def _plain_extent(self, leaves: IntArray) -> Extent:
+        groups = self._group_of[leaves]
+        groups = np.where((leaves == TRUE) | self._locked[groups], self._count, groups)
+        counts = np.bincount(groups, minlength=self._count + 1)
+        terms = [
+            (int(counts[g] // self._units[g]), (self._names[g],))
+            for g in np.flatnonzero(counts[: self._count]).tolist()
+        ]
+        return Extent(int(counts[self._count]), tuple(sorted(terms)))
 
     def alive(self, ids: IntArray, keep: Mapping[str, IntArray]) -> np.ndarray:
         """(n,) bool: which indices are left when each group keeps the units in `keep`."""
@@ -171,22 +189,23 @@ class Grouping:
                     return source.name, axis
         return None
 
-    def _role(self, axis: Axis, leaves: IntArray) -> Role:
-        found = {role for marked, role in self._roles.get(axis, []) if np.isin(leaves, marked).any()}
-        for role in ("reads", "writes"):
-            if role in found:
-                return role
-        return "scales"
+    def _role_codes(self, axis: Axis) -> IntArray:
+        """For every leaf its role on this axis, as an index into ROLES; reading outranks writing."""
+        codes = np.zeros(self._variables.count, dtype=np.int64)
+        for leaves, role in self._roles.get(axis, []):
+            codes[leaves] = np.maximum(codes[leaves], ROLES.index(role))
+        return codes
 
     def _build(self) -> list[ChannelGroup]:
         slices: dict[int, list[tuple[Axis, int, Role]]] = {}
         for axis, ids in self._axes.items():
-            table = self._table(ids)
+            table, codes = self._table(ids), self._role_codes(axis)
             for column in range(table.shape[1]):
-                for group in np.unique(self._group_of[table[:, column][table[:, column] != TRUE]]):
-                    leaves = np.unique(table[self._group_of[table] == group])
-                    entry = (axis, column, self._role(axis, leaves))
-                    slices.setdefault(int(group), []).append(entry)
+                groups, first = np.unique(self._group_of[table[:, column]], return_index=True)
+                for group, row in zip(groups.tolist(), first.tolist(), strict=True):
+                    if group >= 0:
+                        role = ROLES[codes[table[row, column]]]
+                        slices.setdefault(group, []).append((axis, column, role))
         chosen = {g: found for g, found in slices.items() if any(role == "writes" for _, _, role in found)}
         members = {g: self._ordered(g, found) for g, found in chosen.items()}
         self._name(chosen, members)
@@ -241,8 +260,8 @@ class Grouping:
             for number, (_, group) in enumerate(sorted(entries)):
                 self._names[group] = tensor if len(entries) == 1 else f"{tensor}#{number + 1}"
         for group in range(self._count):
-            if group not in self._names and self._lock_of[group] is None:
-                self._lock_of[group] = "no weight writes it"
+            if group not in self._names:
+                self._lock(group, UNWRITTEN)
 
     def _touched(self, marks: Iterable[IntArray]) -> set[int]:
         touched: set[int] = set()

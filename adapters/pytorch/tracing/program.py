@@ -70,12 +70,13 @@ class Program:
     steps: list[Step]
     outputs: list[Any]
     """The flat outputs: steps or plain values."""
-    input_spec: pytree.TreeSpec
     output_spec: pytree.TreeSpec
     constants: dict[str, Tensor]
     """Lifted constants by step name, and buffers that are not part of the state dict by tensor name."""
     inputs: list[Step | None] = field(default_factory=list)
-    """One per flat input; None for an input the program does not use."""
+    """One per flat input; None for an input that is no tensor."""
+    concrete: bool = False
+    """The forward pass asks for values, so it was recorded on real ones and is true for these alone."""
 
     @property
     def batch(self) -> int:

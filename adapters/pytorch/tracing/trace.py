@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 # Importing the rules registers them.
 from prunus.adapters.pytorch.tracing import rules_contractions, rules_layers, rules_pointwise, rules_shapes
-from prunus.adapters.pytorch.tracing.capture import capture, tensor_names
+from prunus.adapters.pytorch.tracing.capture import capture
 from prunus.adapters.pytorch.tracing.grouping import Grouping
 from prunus.adapters.pytorch.tracing.labelling import RULES, Contraction, Labelling, Multiplications
 from prunus.adapters.pytorch.tracing.program import Program, Step
@@ -86,12 +86,9 @@ def trace_model(
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
     program = capture(model, _batch(args, 1), kwargs)
-    names = tensor_names(model)
-    canonical = set(names.values())
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    floating = {name for name in canonical if tensors[name].is_floating_point()}
-    used = {step.name for step in program.steps if step.op == "tensor"}
-    unused = {name for name, _ in model.named_parameters()} - used
+    floating = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
+    unused = {name for name, _ in model.named_parameters()} - {step.name for step in program.steps}
     labelling = Labelling()
     labels = labelling.run(program, floating.__contains__)
     literals, multiplications = list(labelling.literals), list(labelling.multiplications)
@@ -99,16 +96,13 @@ def trace_model(
     if unused:
         _label_training(labelling, model, args, kwargs, floating)
         labelling.literals, labelling.multiplications = literals, multiplications
-    shapes = {name: tuple(tensors[name].shape) for name in canonical}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     grouping = Grouping(labelling, shapes)
+    sliced = {piece.tensor for group in grouping.groups for piece in group.slices}
     graph = ChannelGraph(
         grouping.groups,
         [*_macs_terms(grouping, multiplications), *_size_terms(grouping, labelling, model, tensors)],
-        {
-            name: shapes[name]
-            for name in labelling.tensors
-            if any(piece.tensor == name for group in grouping.groups for piece in group.slices)
-        },
+        {name: shapes[name] for name in labelling.tensors if name in sliced},
     )
     sites = tuple(
         LiteralSite(
