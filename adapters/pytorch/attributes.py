@@ -55,10 +55,10 @@ def bind_attributes(
     model: nn.Module, trace: Trace, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> Bindings:
     """How the attributes of `model` depend on kept counts; `args` as they were traced."""
-    equations = list(_equations(record_uses(model, args, kwargs or {}), trace))
-    equations.extend(_named_arguments(dict(model.named_modules()), trace.sites))
+    modules, first = dict(model.named_modules()), _first_paths(model)
+    equations = list(_equations(record_uses(model, args, kwargs or {}), trace, first))
+    equations.extend(_named_arguments(modules, trace.sites, first))
     solution, conflicts = _solved(equations)
-    modules = dict(model.named_modules())
     values: dict[tuple[str, str], Any] = {}
     for attribute, value in solution.items():
         if not value.groups:
@@ -74,11 +74,19 @@ def bind_attributes(
     return Bindings(values, tuple(conflicts))
 
 
-def _equations(uses: Sequence[Use], trace: Trace) -> Iterable[Equation]:
+def _first_paths(model: nn.Module) -> dict[str, str]:
+    """Every path of every module -> the first path of that module: a shared module has several."""
+    first: dict[int, str] = {}
+    return {
+        path: first.setdefault(id(module), path) for path, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+def _equations(uses: Sequence[Use], trace: Trace, first: Mapping[str, str]) -> Iterable[Equation]:
     """Pairs each use with the step of the traced program that it became."""
     literals: dict[str, list[_Literal]] = {}
     for literal in _literals(trace):
-        literals.setdefault(literal.step.owner, []).append(literal)
+        literals.setdefault(first.get(literal.step.owner, literal.step.owner), []).append(literal)
     for (owner, values), group in _grouped(uses).items():
         for use, row in _paired(group, values, literals.get(owner, [])):
             for expression, target in zip(use.expressions, row, strict=True):
@@ -159,15 +167,18 @@ def _within(values: tuple[int, ...], literal: _Literal) -> Sequence[Polynomial] 
     return None
 
 
-def _named_arguments(modules: Mapping[str, nn.Module], sites: Sequence[LiteralSite]) -> Iterable[Equation]:
+def _named_arguments(
+    modules: Mapping[str, nn.Module], sites: Sequence[LiteralSite], first: Mapping[str, str]
+) -> Iterable[Equation]:
     """Layers hold what they pass on under the operator's own name: groups, normalized_shape, num_groups."""
     for site in sites:
-        held = getattr(modules.get(site.owner), site.argument, None)
+        owner = first.get(site.owner, site.owner)
+        held = getattr(modules.get(owner), site.argument, None)
         target = Polynomial.from_extent(site.extent)
         if site.position is None and type(held) is int and held == site.value:
-            yield Attribute(site.owner, site.argument), target
+            yield Attribute(owner, site.argument), target
         elif site.position is not None and isinstance(held, list | tuple) and len(held) > site.position:
-            yield Attribute(site.owner, site.argument, site.position), target
+            yield Attribute(owner, site.argument, site.position), target
 
 
 def _solved(equations: Sequence[Equation]) -> tuple[dict[Attribute, Polynomial], list[Conflict]]:

@@ -85,7 +85,8 @@ class _Probe:
         except PrunusError as error:
             return str(error)
         except Exception as error:  # the model's own code, with sizes it does not expect
-            return f"its forward fails: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            message = (str(error).strip().splitlines() or [""])[0][:200]
+            return f"its forward fails: {type(error).__name__}: {message}"
         finally:
             del pruned
             gc.collect(0)
