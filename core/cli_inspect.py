@@ -100,9 +100,10 @@ def evaluate(
 
             from prunus.core.display import human
 
+            size = f"{human(finished.pruned.macs)} MACs, {human(finished.pruned.params)} parameters"
             Console().print(
                 f"{finished.model}: [bold]{tested.accuracy:.2%}[/] of {tested.samples:,} test images (loss "
-                f"{tested.loss:.4f}), {human(finished.pruned.macs)} MACs, {human(finished.pruned.params)} parameters",
+                f"{tested.loss:.4f}), {size}",
                 highlight=False,
             )
     return 0
