@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from prunus.adapters.pytorch.adapter import AdapterSettings, Origin, PyTorchAdapter, Remembered
-from prunus.adapters.pytorch.artifact import PLAN_FILE, load, read_plan, save_artifact
+from prunus.adapters.pytorch.artifact import PLAN_FILE, assemble, load, read_plan, save_artifact
 from prunus.adapters.pytorch.batches import DataBundle
 from prunus.adapters.pytorch.catalog import BuiltModel, build, construct
 from prunus.adapters.pytorch.datasets import DataSource, LoadOptions, load_data, open_data
@@ -37,21 +37,22 @@ _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "prunus")
 class PyTorchSession:
     """Implements `core.adapter.Session`."""
 
-    def __init__(self, settings: RunSettings) -> None:
-        self.settings = settings = filled(settings)
+    def __init__(
+        self,
+        settings: RunSettings,
+        built: BuiltModel,
+        bundle: DataBundle | None,
+        construct_original: Callable[[ModelSource], nn.Module],
+    ) -> None:
+        """`settings` must be filled; `construct_original` makes a fresh original, weights of no matter."""
+        self.settings = settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._device = _device(settings.device)
-        found = open_data(settings.data)
-        self._built = _build(settings, found)
-        self._bundle = _bundle(settings, found, self._built)
-        origin = Origin(self._built.source, self._built.input, self.construct, _provenance(settings))
-        self.adapter = PyTorchAdapter(self._built.module, origin, self._adapter_settings(), self._bundle)
+        self._built, self._bundle, self._construct = built, bundle, construct_original
+        origin = Origin(built.source, built.input, construct_original, _provenance(settings))
+        self.adapter = PyTorchAdapter(built.module, origin, self._adapter_settings(), bundle)
         self.teachers = tuple(self._remember_teacher(i, name) for i, name in enumerate(settings.teachers))
-
-    def construct(self, source: ModelSource) -> nn.Module:
-        """A fresh original. The user named the model, so a `python:` factory may run."""
-        return construct(source, allow_python=True)
 
     def _adapter_settings(self) -> AdapterSettings:
         settings = self.settings
@@ -144,11 +145,11 @@ class PyTorchSession:
 
     def save(self, folder: Path, plan: PruningPlan, report: Mapping[str, Any]) -> None:
         model = self.adapter.model.to("cpu")
-        save_artifact(folder, model, plan, self.construct, self._built.input.example(2))
+        save_artifact(folder, model, plan, self._construct, self._built.input.example(2))
         model.to(self._device)
 
     def load(self, folder: Path) -> None:
-        self.adapter.model = load(folder, trust=True).to(self._device)
+        self.adapter.model = assemble(folder, self._construct).to(self._device)
 
     def export(
         self, folder: Path, path: Path, form: ExportFormat, input_size: tuple[int, int, int]
@@ -168,7 +169,7 @@ class PyTorchSession:
         dtype: str,
     ) -> LatencyComparison:
         pruned = load(folder, trust=self.settings.trust).to(self._device)
-        dense = self.construct(read_plan(folder).model).to(self._device)
+        dense = construct(read_plan(folder).model, allow_python=self.settings.trust).to(self._device)
         example = replace(self._built.input, size=input_size).example(batch)
         on_device = tuple(x.to(self._device) if isinstance(x, torch.Tensor) else x for x in example)
         return measure_pair(dense, pruned, on_device, repeats=repeats, threads=threads, dtype=dtype)
@@ -176,7 +177,13 @@ class PyTorchSession:
 
 def open_session(settings: RunSettings) -> PyTorchSession:
     """Build the model, find the data, trace. Raises ConfigError, LoadError or TraceError."""
-    return PyTorchSession(settings)
+    settings = filled(settings)
+    found = open_data(settings.data)
+    built = _build(settings, found)
+    # the user named the model, so a `python:` factory may run
+    return PyTorchSession(
+        settings, built, _bundle(settings, found, built), lambda source: construct(source, allow_python=True)
+    )
 
 
 def _build(settings: RunSettings, found: DataSource | None) -> BuiltModel:
