@@ -9,7 +9,7 @@ reparameterized from that distribution, so that no weight moves onto units that 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -30,9 +30,11 @@ from prunus.plugins.greedy_removal import Selection, log_scores, select
 from prunus.plugins.pooled_moments import MOMENTS, PooledMoments
 from prunus.plugins.ranking import signals_of
 from prunus.plugins.recovery import RecoveryConfig, can_train, changed, evaluated, recover, removal
+from prunus.plugins.sensitivity import measure_sensitivity
 from prunus.plugins.unit_belief import Belief, prediction_quality, pruning_probabilities
 
 _HIGHEST_SURVIVAL_TERM = 0.9
+_CHEAP = 2e10
 _SHORT = 1.5
 """Up to so many epochs one round is best: recovery between rounds costs more than it brings."""
 
@@ -48,6 +50,9 @@ class BayesReparamConfig(RecoveryConfig):
     """Disjoint parts of the calibration images, whose disagreement is the observation's noise."""
     ridge: float = Field(default=1e-3, gt=0)
     """Of the mean variance, added to every variance."""
+    sensitivity: Literal["auto", "yes", "no"] = "auto"
+    """Weigh each group's discrepancies by what they cost the held-out loss, found by one trial per group; `auto`
+    if there are labels and the trials are cheap (MACs times groups below 2e10)."""
     round_epochs: float = Field(default=0.15, ge=0)
     """At most so much recovery between rounds."""
     round_lr: float = Field(default=0.01, gt=0)
@@ -72,12 +77,20 @@ class BayesReparam(PruningPolicy):
         guard = _Guard(config.tolerance, task)
         beliefs: dict[str, Belief] = {}
         forecast: _Forecast | None = None
+        sensitivity: dict[str, float] | None = None
         progress, spent, index = 0.0, 0.0, 0
         while True:
             index += 1
             progress = _next(progress, guard.step / rounds)
             budget = task.budget.partway(progress, start)
-            seen = yield from _observe(graph, budget, config)
+            seen = yield from _observe(graph, budget, config, sensitivity)
+            if sensitivity is None:
+                sensitivity = {}
+                if _tries(config, task):
+                    sensitivity = yield from measure_sensitivity(
+                        graph, seen.weights, seen.moments, config.ridge, config.refit, config.images
+                    )
+                    seen = seen.weighted(graph, budget, config.ridge, sensitivity)
             beliefs = _believe(config, beliefs, seen)
             probabilities, tau = pruning_probabilities(graph, budget, beliefs)
             chosen = select(graph, budget, seen.discrepancy, beliefs, seen.scores, tau)
@@ -111,6 +124,11 @@ def _check(task: PruningTask) -> None:
     raise_if_unreachable(task.graph, task.budget)
 
 
+def _tries(config: BayesReparamConfig, task: PruningTask) -> bool:
+    cheap = task.graph.cost().macs * len(task.graph.prunable) <= _CHEAP
+    return task.has_labels and (config.sensitivity == "yes" or (config.sensitivity == "auto" and cheap))
+
+
 def _next(progress: float, step: float) -> float:
     return 1.0 if progress + step > 1.0 - 1e-9 else progress + step
 
@@ -120,6 +138,8 @@ def _next(progress: float, step: float) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Seen:
+    weights: dict[str, FloatArray]
+    moments: dict[str, FloatArray]
     discrepancy: Discrepancy
     """From all folds together."""
     scores: dict[str, FloatArray]
@@ -127,9 +147,15 @@ class _Seen:
     noise: dict[str, float]
     """group -> variance of z as the mean of the folds."""
 
+    def weighted(
+        self, graph: ChannelGraph, budget: Budget, ridge: float, sensitivity: Mapping[str, float]
+    ) -> _Seen:
+        discrepancy = Discrepancy(graph, self.weights, self.moments, ridge, sensitivity)
+        return replace(self, discrepancy=discrepancy, scores=log_scores(graph, budget, discrepancy))
+
 
 def _observe(
-    graph: ChannelGraph, budget: Budget, config: BayesReparamConfig
+    graph: ChannelGraph, budget: Budget, config: BayesReparamConfig, sensitivity: Mapping[str, float] | None
 ) -> Generator[Directive, Observation, _Seen]:
     """Measure fold by fold; z from the pooled moments, its noise from the folds' disagreement."""
     signals = frozenset({Signal.WEIGHT}) | MOMENTS
@@ -139,10 +165,11 @@ def _observe(
     for k in range(config.folds):
         reader = signals_of((yield Measure(signals, images=config.images, fold=(k, config.folds))))
         weights = weights or {name: reader.read(Signal.WEIGHT, name) for name in sliced_weights(graph)}
-        moments = pooled.add(graph, reader)
+        part = pooled.add(graph, reader)
         if config.folds > 1:
-            per_fold.append(log_scores(graph, budget, Discrepancy(graph, weights, moments, config.ridge)))
-    discrepancy = Discrepancy(graph, weights, pooled.moments(), config.ridge)
+            per_fold.append(log_scores(graph, budget, Discrepancy(graph, weights, part, config.ridge)))
+    moments = pooled.moments()
+    discrepancy = Discrepancy(graph, weights, moments, config.ridge, sensitivity)
     noise = dict.fromkeys(graph.prunable, 0.0)
     if per_fold:
         for name in noise:
@@ -150,7 +177,7 @@ def _observe(
             noise[name] = float(variance.mean()) / config.folds
     if pooled.without_covariance:
         yield Note("covariance-missing", {"readers": ", ".join(sorted(pooled.without_covariance))})
-    return _Seen(discrepancy, log_scores(graph, budget, discrepancy), noise)
+    return _Seen(weights, moments, discrepancy, log_scores(graph, budget, discrepancy), noise)
 
 
 def _believe(config: BayesReparamConfig, before: Mapping[str, Belief], seen: _Seen) -> dict[str, Belief]:

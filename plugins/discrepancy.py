@@ -51,7 +51,7 @@ def fold_away(precision: FloatArray, weight: FloatArray, gone: IntArray) -> None
 
     Fastest on Fortran-ordered arrays, where one input is one rank-one update without a temporary."""
     cross = precision[gone]
-    explained = np.linalg.solve(cross[:, gone], cross)
+    explained = np.asarray(np.linalg.solve(cross[:, gone], cross), dtype=np.float64)
     _subtract_product(weight, weight[:, gone], explained)
     _subtract_product(precision, cross.T, explained)
     weight[:, gone] = 0.0
@@ -138,9 +138,12 @@ class Discrepancy:
         weights: Mapping[str, FloatArray],
         moments: Mapping[str, FloatArray],
         ridge: float = 1e-3,
+        sensitivity: Mapping[str, float] | None = None,
     ) -> None:
         """`weights` by tensor name: all that are in `sliced_weights(graph)`. `moments` by tensor name:
-        covariance (n, n) or variances (n,) of what it reads; a reader without counts every input as 1."""
+        covariance (n, n) or variances (n,) of what it reads; a reader without counts every input as 1.
+        `sensitivity`: a factor for every unit of a group, 1 if not named."""
+        self._factor = {name: (sensitivity or {}).get(name, 1.0) for name in graph.prunable}
         self._inputs: dict[str, list[tuple[Reader, IntArray]]] = {name: [] for name in graph.prunable}
         self._rows: dict[str, list[tuple[Reader, list[IntArray]]]] = {name: [] for name in graph.prunable}
         self._blind: dict[str, FloatArray] = {}
@@ -175,8 +178,9 @@ class Discrepancy:
         """(units,): summed over the readers; 0 for units that are gone. A group that nothing reads through
         a weight has its share of the writing weights' energy instead."""
         if group in self._blind:
-            return self._blind[group]
-        return np.asarray(np.sum([reader.discrepancy(group) for reader, _ in self._inputs[group]], axis=0))
+            return self._factor[group] * self._blind[group]
+        lost = np.sum([reader.discrepancy(group) for reader, _ in self._inputs[group]], axis=0)
+        return np.asarray(self._factor[group] * lost)
 
     def remove(self, group: str, unit: int) -> set[str]:
         """Remove one unit; the names of the groups whose discrepancies changed."""

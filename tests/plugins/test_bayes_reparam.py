@@ -128,3 +128,8 @@ def test_a_broken_tolerance_halves_the_steps_once_and_then_stops() -> None:
 def test_memory_and_compensation_can_be_switched_off() -> None:
     for config in ({"memory": "none"}, {"refit": "none"}, {"refit": "bias"}, {"refit": "least-squares"}):
         assert run(rounds=2, **config).plan.kept_counts
+
+
+def test_groups_are_weighed_by_their_loss_where_there_are_labels() -> None:
+    assert [n for n in run().notes if n.kind == "sensitivity"]
+    assert not [n for n in run(sensitivity="no").notes if n.kind == "sensitivity"]
