@@ -80,7 +80,8 @@ def build(
     module.eval()
     published = family.published_input(short, kwargs or {}, pretrained).size[1:]
     if isinstance(family, TimmFamily) and spec.size[1:] == published:
-        outputs = int(module.num_classes)  # nothing to try out, and trying takes seconds on a large model
+        # nothing to try out, and trying takes seconds on a large model
+        outputs: int | None = int(module.num_classes)  # type: ignore[arg-type]
     else:
         outputs = _dry_run(module, spec, name)
     if classes is not None and outputs is not None and outputs != classes:

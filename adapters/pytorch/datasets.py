@@ -257,9 +257,7 @@ def _timm_dataset(name: str, folder: str) -> DataSource:
             parts.append(create_dataset(name, root=folder or "data", split=split, download=False))
         except Exception as error:  # every reader fails in a way of its own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            raise LoadError(
-                f"data set {name} ({split}) cannot be opened in {folder or 'data'}: {reason}"
-            ) from None
+            raise LoadError(f"data set {name} ({split}) is not in {folder or 'data'}: {reason}") from None
     train, test = parts
     if not hasattr(train, "__getitem__") or not hasattr(train, "__len__"):
         raise LoadError(f"{name} is a stream; a held-out part needs a data set whose images can be counted")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -98,9 +98,6 @@ class FileBatches:
 
     def part(self, images: int | None = None, fold: tuple[int, int] = (0, 1)) -> FileBatches:
         return FileBatches(self._data, take_part(self._order, images, fold), self._settings)
-
-    def with_workers(self, workers: int) -> FileBatches:
-        return FileBatches(self._data, self._order, replace(self._settings, workers=workers))
 
 
 class FileTrainBatches:
