@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -40,12 +41,13 @@ class GatedStatistics(TorchFunctionMode):
             F.rms_norm: self._rms_norm,
             F.group_norm: self._group_norm,
             F.batch_norm: self._standardise,
+            Tensor.mean: self._response,
         }
         self.seen: set[int] = set()
         """The weights that a norm has used so far."""
 
-    def hooks(self) -> Iterable[torch.utils.hooks.RemovableHandle]:
-        """Hooks that tell which standardised convolution is running; the caller removes them."""
+    def hooks(self, model: nn.Module) -> Iterable[torch.utils.hooks.RemovableHandle]:
+        """Hooks that tell which standardised convolution or response norm is running; the caller removes them."""
 
         def enter(module: nn.Module, args: object) -> None:
             self._inside = module
@@ -53,7 +55,10 @@ class GatedStatistics(TorchFunctionMode):
         def leave(module: nn.Module, args: object, output: object) -> None:
             self._inside = None
 
-        for module in self._standardised:
+        responses = [
+            m for m in model.modules() if isinstance(m, GlobalResponseNorm) and id(m.weight) in self._norms
+        ]
+        for module in (*self._standardised, *responses):
             yield module.register_forward_pre_hook(enter)
             yield module.register_forward_hook(leave, always_call=True)
 
@@ -147,9 +152,9 @@ class GatedStatistics(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Result:
-        if self._inside is None or running_mean is not None:
-            return NotImplemented
         module = self._inside
+        if module is None or module not in self._standardised or running_mean is not None:
+            return NotImplemented
         gate = self._standardised[module].expand(module.weight.shape).reshape(input.shape).to(input)  # type: ignore[arg-type]
         total = _nonzero(gate.sum(2, keepdim=True))
         mean = (input * gate).sum(2, keepdim=True) / total
@@ -157,6 +162,17 @@ class GatedStatistics(TorchFunctionMode):
         variance = (centred.square() * gate).sum(2, keepdim=True) / total
         result = centred * torch.rsqrt(variance + eps) * gate
         return result if weight is None else result * weight.view(1, -1, 1)
+
+    def _response(self, input: Tensor, *args: Any, dim: int | None = None, keepdim: bool = False) -> Result:
+        """The mean over channels inside a global response norm (ConvNeXt V2, Woo et al. 2023)."""
+        module = self._inside
+        if not isinstance(module, GlobalResponseNorm) or dim != module.channel_dim or args:
+            return NotImplemented
+        gate = self._gate(module.weight, input)
+        if gate is None:
+            return NotImplemented
+        share = gate.view(module.wb_shape)
+        return (input * share).sum(dim, keepdim=keepdim) / _nonzero(gate.sum())
 
 
 def _wide(x: Tensor) -> Tensor:

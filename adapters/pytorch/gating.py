@@ -166,7 +166,7 @@ class Gating:
         self._handles += [
             self._model.register_forward_pre_hook(enter),
             self._model.register_forward_hook(leave, always_call=True),
-            *self._statistics.hooks(),
+            *self._statistics.hooks(self._model),
         ]
 
 

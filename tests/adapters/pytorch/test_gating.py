@@ -8,12 +8,14 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+import timm
 import torch
 from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.gating import Gating, fold
 from prunus.adapters.pytorch.surgery import remove
+from prunus.adapters.pytorch.tracing import trace_model
 from prunus.core.errors import PlanError
 from prunus.core.graph import ChannelGraph, ChannelGroup, Role, Slice
 
@@ -179,6 +181,63 @@ def test_gated_to_zero_equals_removed_for_a_weight_standardised_reader(kind: typ
         expected = model(images(channels=4))
     remove(model, graph, keep)
     torch.testing.assert_close(model(images(channels=4)), expected, rtol=1e-9, atol=1e-9)
+
+
+def whole_model(name: str) -> tuple[nn.Module, Tensor]:
+    """A timm model with random statistics and affine parameters, and images for it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False).eval()
+    for key, tensor in model.state_dict().items():
+        if "running_var" in key:
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.dim() == 1:
+            tensor.add_(torch.randn_like(tensor) * 0.1)
+    return model, torch.randn(2, *model.default_cfg["input_size"])
+
+
+def random_keep(graph: ChannelGraph) -> dict[str, list[int]]:
+    rng = np.random.default_rng(0)
+    keep = {}
+    for name, group in graph.prunable.items():
+        if group.gateable and group.equal_count is None:
+            count = max(
+                group.min_kept, int(group.units * rng.uniform(0.3, 0.9)) // group.multiple_of * group.multiple_of
+            )
+            keep[name] = np.sort(rng.permutation(group.units)[:count]).tolist()
+    return keep
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_resnet",
+        "test_byobnet",
+        "test_efficientnet_gn",
+        "test_convnext2",
+        "test_nfnet",
+        "test_vit3",
+        "convnextv2_atto",
+    ],
+)
+def test_hard_gates_are_the_masked_model_on_whole_networks(name: str) -> None:
+    model, x = whole_model(name)
+    trace = trace_model(model, x)
+    keep = random_keep(trace.graph)
+    expected = trace.masked_output(model.state_dict(), keep, x)
+    with torch.no_grad(), Gating(model, trace.graph, hard(trace.graph, keep)) as gating:
+        found = model(x)
+    assert keep and gating.approximate == ()
+    assert not torch.allclose(model(x), expected, rtol=1e-2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_that_no_gate_reaches_are_named() -> None:
+    model, x = whole_model("test_efficientnet_evos")  # EvoNorm: a variance over slots, in plain arithmetic
+    graph = trace_model(model, x).graph
+    with torch.no_grad(), Gating(model, graph, hard(graph, random_keep(graph))) as gating:
+        model(x)
+    assert gating.approximate
+    assert all(not graph.groups[name].exact for name in gating.approximate)
 
 
 def test_all_gates_closed_gives_finite_outputs() -> None:
