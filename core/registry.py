@@ -35,7 +35,7 @@ from prunus.core.signals import Signal
 Kind = Literal["plugins", "importance", "adapters"]
 KINDS: tuple[Kind, ...] = ("adapters", "importance", "plugins")
 NOUNS: dict[Kind, str] = {"adapters": "adapter", "importance": "importance estimator", "plugins": "plugin"}
-BUILT_IN = Path(__file__).parent.parent / "registry.toml"
+BUILT_IN = Path(__file__).resolve().parents[1] / "registry.toml"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _TARGET = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
