@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,21 @@ class LoaderSettings:
     workers: int
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Every source of random numbers starts from `seed` in the block, and goes on afterwards as if nothing was."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
 class FileImages(Dataset[tuple[Tensor, int]]):
     """Answers tickets: the augmentation of an image depends on its ticket alone, not on the worker."""
 
@@ -54,16 +70,8 @@ class FileImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, ticket: _Ticket) -> tuple[Tensor, int]:
         index, seed = ticket
         image, label = self._readable(index)
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
+        with seeded(seed):
             return self._transform(image), label
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
 
     def _readable(self, index: int) -> tuple[Any, int]:
         """The image, or the next that can be read, with a notice: one broken file ends no training."""
