@@ -141,6 +141,8 @@ def summary(report: Report) -> RenderableType:
     next_steps.add_row("evaluate", f"optimize evaluate {report.run}")
     next_steps.add_row("in Python", f'prunus.adapters.pytorch.load("{report.run}")')
     lines: list[RenderableType] = [_sizes(report), _stages(report.widths), Text(proof(report))]
+    if report.latency is not None:
+        lines.append(Text(report.latency.message[:1].upper() + report.latency.message[1:] + "."))
     lines += [Text(f"Run folder: {report.run} ({report.seconds:.0f} s)"), next_steps]
     return Group(*lines)
 

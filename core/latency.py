@@ -19,6 +19,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from prunus.core.cost import CostTerm, Extent, FloatArray
+from prunus.core.graph import ChannelGraph
 
 QUIET = 0.2
 """Spread between quartiles, as a share of the median, beyond which a comparison is called noisy."""
@@ -208,4 +209,21 @@ class Stopwatch(Protocol):
         dtype: str,
     ) -> LatencyComparison:
         """The finished run's model in `folder` against the original, in turns, on images of `input_size`."""
+        ...
+
+    @property
+    def graph(self) -> ChannelGraph:
+        """The graph of the original model, with the run's floors."""
+        ...
+
+    def time_layers(self) -> LatencyTable:
+        """Latency terms of the original model, for batches of one sample. Raises ConfigError if it cannot."""
+        ...
+
+    def add_terms(self, terms: Iterable[CostTerm]) -> None:
+        """Add cost terms to the original model's graph, before anything is changed."""
+        ...
+
+    def time_at(self, counts: Mapping[str, int] | None) -> float:
+        """Seconds of the original model with `counts` units kept (group -> units); of the current one for None."""
         ...

@@ -11,10 +11,12 @@ from typing import Protocol
 
 import numpy as np
 
-from prunus.core.adapter import Description, Session
+from prunus.core import latency_target
+from prunus.core.adapter import Description, OpenSession, Session
 from prunus.core.allocation import raise_if_unreachable
 from prunus.core.budget import Budget
 from prunus.core.checkpoints import Checkpoints
+from prunus.core.cost import Cost
 from prunus.core.digest import digest
 from prunus.core.directives import Directive, Observation, Snapshot
 from prunus.core.errors import ConfigError, JournalError
@@ -134,22 +136,26 @@ def prune(
     *,
     resume: bool,
     overwrite: bool,
+    open_session: OpenSession | None = None,
 ) -> Report:
     """Run to the end, or on from where the folder's journal stops, and write the report.
 
+    `open_session` replaces the adapter that the settings name: for models and data that have no name.
     Raises what section 10 of the design lists; KeyboardInterrupt after a Ctrl-C, with the run resumable.
     """
     method = find_method(settings, registry)
     with _prepared(folder, resume, overwrite):
         started = time.monotonic()
-        open_session = registry.adapter(settings.adapter)
-        session = open_session(settings)
+        session = (open_session or registry.adapter(settings.adapter))(settings)
         settings = method.resolved(session.settings)
-        task = _task(settings, method, session)
+        table = latency_target.timed(session, settings.parsed_targets, folder, resume)
+        task = _task(settings, method, session, latency_target.full_cost(session, table))
         display.opened(session.describe(), settings, task.budget)
         if not resume:
             folder.clear()
             write_atomically(folder.settings_file, settings.to_toml())
+            if table is not None:
+                latency_target.write_table(folder, table)
         history = History(folder.metrics)
         opening = time.monotonic() - started
         with Interrupts() as interrupts:
@@ -176,6 +182,7 @@ def prune(
             dense_accuracy=_dense_accuracy(folder),
             pruned_accuracy=tested.accuracy if tested is not None else None,
             history=history,
+            latency=latency_target.result(session, table, task.budget) if table is not None else None,
             seconds=opening + history.seconds + time.monotonic() - finishing,
         )
         session.save(folder.path, plan, report.for_scripts())
@@ -203,10 +210,10 @@ def _prepared(folder: RunFolder, resume: bool, overwrite: bool) -> Iterator[None
             raise
 
 
-def _task(settings: RunSettings, method: Method, session: Session) -> PruningTask:
+def _task(settings: RunSettings, method: Method, session: Session, whole: Cost) -> PruningTask:
     _check_data(settings, method, session)
     graph = session.graph
-    budget = Budget.resolve(settings.parsed_targets, graph.cost())
+    budget = Budget.resolve(settings.parsed_targets, whole)
     raise_if_unreachable(graph, budget)
     return PruningTask(
         graph=graph,

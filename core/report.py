@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +13,7 @@ from prunus.core.cost import Cost
 from prunus.core.directives import Verification
 from prunus.core.graph import ChannelGraph
 from prunus.core.history import History
+from prunus.core.latency_target import LatencyResult
 from prunus.core.settings import RunSettings
 
 
@@ -65,6 +67,8 @@ class Report(BaseModel):
     verification: Checked
     seconds: float
     training_macs: float
+    latency: LatencyResult | None = None
+    """Where a target asked for it."""
     data: str
     input_size: tuple[int, int, int]
     classes: int | None
@@ -92,6 +96,7 @@ def make_report(
     pruned_accuracy: float | None,
     history: History,
     seconds: float,
+    latency: LatencyResult | None = None,
 ) -> Report:
     """`dense` is the original model's graph, `pruned` the final one; `seconds` is the whole run's time."""
     worst = history.verification or Verification("skipped", 0.0, 0.0)
@@ -105,13 +110,14 @@ def make_report(
         model=description.model,
         plugin=settings.plugin,
         targets=list(settings.targets),
-        target_met=budget.met(pruned.cost()),
+        target_met=_met(budget, pruned, latency),
         limits={quantity: float(limit) for quantity, limit in budget.limits.items()},
         dense=Size.of(dense.cost(), dense_accuracy),
         pruned=Size.of(pruned.cost(), pruned_accuracy),
         verification=Checked(kind=worst.kind, max_error=worst.max_error, scale=worst.scale),
         seconds=round(seconds, 3),
         training_macs=history.training_macs,
+        latency=latency,
         data=description.data,
         input_size=description.input_size,
         classes=description.classes,
@@ -122,3 +128,9 @@ def make_report(
         versions=dict(description.versions),
         notes=list(description.notes),
     )
+
+
+def _met(budget: Budget, pruned: ChannelGraph, latency: LatencyResult | None) -> bool:
+    """Latency counts as it was measured, everything else as it was counted."""
+    cost = pruned.cost()
+    return budget.met(cost if latency is None else replace(cost, latency=latency.pruned))

@@ -27,6 +27,10 @@ _FILES = (
     "report.html",
     "metrics.jsonl",
     "dense.json",
+    "latency.json",
+    "model.onnx",
+    "model.onnx.data",
+    "model.pt2",
 )
 _FOLDERS = ("journal", "checkpoint")
 MAX_JSON_BYTES = 256 * 2**20

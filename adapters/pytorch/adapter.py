@@ -7,7 +7,7 @@ directive does to tensors is in the modules that this one calls; here is who is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,14 @@ from prunus.adapters.pytorch.run_state import (
     write_state,
 )
 from prunus.adapters.pytorch.signals import measure
+from prunus.adapters.pytorch.structural_copy import structural_copy
+from prunus.adapters.pytorch.tracing import Trace
 from prunus.adapters.pytorch.training import Job, Progress, Trainer
 from prunus.adapters.pytorch.unit_decay import UnitDecay
 from prunus.adapters.pytorch.verification import Prepared, prepare, verify
 from prunus.adapters.pytorch.weights import load_strictly
 from prunus.core.adapter import Watcher
-from prunus.core.cost import FloatArray
+from prunus.core.cost import CostTerm, FloatArray
 from prunus.core.directives import (
     Changed,
     Evaluate,
@@ -131,6 +133,24 @@ class PyTorchAdapter:
     @property
     def graph(self) -> ChannelGraph:
         return self._graph
+
+    def add_terms(self, terms: Iterable[CostTerm]) -> None:
+        """Further cost terms (latency) for the original graph and every one that descends from it.
+
+        Must come before anything is changed.
+        """
+        self._base = self._graph = self.original_graph = self.original_graph.with_terms(terms)
+
+    @property
+    def original_trace(self) -> Trace:
+        """The trace of the original model, before anything is changed."""
+        return self._prepared.trace
+
+    def narrowed(self, keep: Keep) -> nn.Module:
+        """A copy of the current model that keeps `keep` alone; kept tensors may be shared."""
+        small = structural_copy(self.model)
+        self._cut(small, keep)
+        return small
 
     @property
     def forward_macs(self) -> float:

@@ -20,6 +20,7 @@ from prunus.adapters.pytorch.oracle import Oracle
 from prunus.adapters.pytorch.tracing.program import Step
 from prunus.adapters.pytorch.tracing.trace import Trace
 from prunus.core.allocation import Ladder, ladders
+from prunus.core.graph import ChannelGraph
 from prunus.core.latency import LatencyTable, Monomial, StepTimes, Timing, calibrated, fit_terms, predicted
 
 Shrink = Callable[[Mapping[str, Sequence[int]]], nn.Module]
@@ -35,6 +36,7 @@ _WHOLE = 30
 
 def latency_table(
     trace: Trace,
+    graph: ChannelGraph,
     model: nn.Module,
     example: tuple[Any, ...],
     shrink: Shrink,
@@ -42,13 +44,13 @@ def latency_table(
     threads: int | None = None,
     seed: int = 0,
 ) -> LatencyTable:
-    """Measure `model`, the traced one, for batches of one sample of `example`.
+    """Measure `model`, the traced one, for batches of one sample of `example`, at widths that `graph` allows.
 
     Takes some hundred forward passes. Choose `threads` as the model will be served. Terms are in
     seconds and go into `ChannelGraph.with_terms`.
     """
     rng = np.random.default_rng(seed)
-    rungs = ladders(trace.graph)
+    rungs = ladders(graph)
     single = tuple(x[:1] if isinstance(x, Tensor) else x for x in example)
     clock = own_clock(threads, single)
     dense = trace.graph.units

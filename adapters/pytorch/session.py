@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,13 +21,15 @@ from prunus.adapters.pytorch.defaults import filled
 from prunus.adapters.pytorch.evaluation import evaluate
 from prunus.adapters.pytorch.export import EXPORTS
 from prunus.adapters.pytorch.latency import measure_pair
+from prunus.adapters.pytorch.latency_table import latency, latency_table
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.core.adapter import Description
+from prunus.core.cost import CostTerm
 from prunus.core.directives import Evaluated
 from prunus.core.errors import ConfigError, LoadError
 from prunus.core.export import ExportFormat, ExportReport
 from prunus.core.graph import ChannelGraph
-from prunus.core.latency import LatencyComparison
+from prunus.core.latency import LatencyComparison, LatencyTable
 from prunus.core.plan import ModelSource, PruningPlan
 from prunus.core.settings import RunSettings
 
@@ -173,6 +175,24 @@ class PyTorchSession:
         example = replace(self._built.input, size=input_size).example(batch)
         on_device = tuple(x.to(self._device) if isinstance(x, torch.Tensor) else x for x in example)
         return measure_pair(dense, pruned, on_device, repeats=repeats, threads=threads, dtype=dtype)
+
+    def time_layers(self) -> LatencyTable:
+        if self._device != "cpu":
+            raise ConfigError(f"latency targets are measured on the CPU; --device is {self._device}", key="device")
+        adapter = self.adapter
+        trace, example = adapter.original_trace, self._built.input.example(1)
+        return latency_table(
+            trace, self.graph, adapter.model, example, adapter.narrowed, threads=self.settings.threads
+        )
+
+    def add_terms(self, terms: Iterable[CostTerm]) -> None:
+        self.adapter.add_terms(terms)
+
+    def time_at(self, counts: Mapping[str, int] | None) -> float:
+        model = self.adapter.model
+        if counts is not None:
+            model = self.adapter.narrowed({name: range(count) for name, count in counts.items()})
+        return latency(model, self._built.input.example(1), self.settings.threads)
 
 
 def open_session(settings: RunSettings) -> PyTorchSession:

@@ -81,7 +81,7 @@ def shrinker(model: nn.Module, prepared: Prepared) -> Shrink:
 def tabled(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Prepared, Shrink, LatencyTable]:
     prepared = prepare(model.eval(), example)
     shrink = shrinker(model, prepared)
-    return prepared, shrink, latency_table(prepared.trace, model, example, shrink, threads=1)
+    return prepared, shrink, latency_table(prepared.trace, prepared.graph, model, example, shrink, threads=1)
 
 
 def check_table(prepared: Prepared, shrink: Shrink, table: LatencyTable, example: tuple[Tensor, ...]) -> None:
