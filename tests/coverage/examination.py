@@ -102,7 +102,14 @@ def locks(graph: ChannelGraph) -> dict[str, int]:
 def measured(model: nn.Module, args: tuple[Any, ...]) -> tuple[float, float]:
     """(MACs of one sample, parameters), by torch's own counter."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    counter = FlopCounterMode(display=False)
+    counter, recurrent = FlopCounterMode(display=False), [0]
+
+    def count(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+        """torch counts no LSTM: at each step of each sequence, every weight is used once."""
+        weights = sum(p.numel() for name, p in module.named_parameters() if name.startswith("weight"))
+        recurrent[0] += weights * args[0].shape[:-1].numel()
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.LSTM)]
     try:
         model.requires_grad_(False)  # the counter sees one attention kernel where gradients are wanted
         with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH), evaluating(model):
@@ -110,7 +117,9 @@ def measured(model: nn.Module, args: tuple[Any, ...]) -> tuple[float, float]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return counter.get_total_flops() / 2, float(sum(p.numel() for p in model.parameters()))
+        for hook in hooks:
+            hook.remove()
+    return counter.get_total_flops() / 2 + recurrent[0], float(sum(p.numel() for p in model.parameters()))
 
 
 def uniform_keep(graph: ChannelGraph, target: float) -> dict[str, list[int]]:

@@ -6,11 +6,13 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.sizes import slots_after
-from prunus.adapters.pytorch.surgery import grow, reindex, remove
+from prunus.adapters.pytorch.surgery import grow, reindex, remove, why_not_growable
+from prunus.adapters.pytorch.verification import prepare
 from prunus.core.errors import PlanError
 from prunus.core.graph import ChannelGraph, ChannelGroup, Slice
 from prunus.core.plan import AttributeEdit
@@ -265,3 +267,23 @@ def test_growth_that_would_change_the_function_is_refused() -> None:
     unread = ChannelGraph([ChannelGroup("weight", 4, slices, gateable=False)], [], {"weight": (4, 3)})
     with pytest.raises(PlanError, match="without a weight"):
         grow(nn.Linear(3, 4, bias=False), unread, {"weight": 8})
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "regnetx_002", "test_vit_relpos"])
+def test_growth_keeps_the_function_of_real_models(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    x = torch.randn(1, 3, 160, 160)
+    prepared = prepare(model, x, certified=False)
+    graph = prepared.graph
+    widths: dict[str, int] = {}
+    for group, facts in graph.groups.items():
+        for width in (facts.units + 1, 2 * facts.units):
+            if facts.locked is None and group not in widths and why_not_growable(graph, group, width) is None:
+                widths[group] = width
+    assert widths
+    with torch.no_grad():
+        expected = model(x)
+        wider, _, _ = grow(model, graph, widths, edits=prepared.bindings.edits(graph.units, graph.units | widths))
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert wider.cost().params == sum(p.numel() for p in model.parameters())
