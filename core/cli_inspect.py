@@ -13,8 +13,6 @@ from prunus.core.streams import stdout_for_json
 if TYPE_CHECKING:
     from prunus.core.adapter import Session
     from prunus.core.graph import ChannelGraph
-    from prunus.core.report import Report
-    from prunus.core.run_folder import RunFolder
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Registries = Annotated[
@@ -69,10 +67,11 @@ def evaluate(
 ) -> int:
     """Load a finished run and measure its accuracy on the test split."""
     from prunus.core.errors import ConfigError
+    from prunus.core.report import read_report
     from prunus.core.run_folder import RunFolder
 
     folder = RunFolder(run)
-    finished = _finished(folder)
+    finished = read_report(folder)
     changed = {k: v for k, v in (("data", data), ("device", device)) if v is not None}
     settings = folder.read_settings(trust).model_copy(
         update={**changed, "teachers": (), "pretrained": False, "checkpoint": None}
@@ -114,10 +113,11 @@ def report(
     as_json: Json = False,
 ) -> int:
     """Show a finished run again, and rebuild its report.html."""
+    from prunus.core.report import read_report
     from prunus.core.report_page import write_page
     from prunus.core.run_folder import RunFolder
 
-    finished = _finished(RunFolder(run))
+    finished = read_report(RunFolder(run))
     write_page(finished, run / "report.html")
     if as_json:
         typer.echo(json.dumps(finished.for_scripts()))
@@ -128,20 +128,6 @@ def report(
 
         Console().print(summary(finished))
     return 0
-
-
-def _finished(folder: RunFolder) -> Report:
-    """The report of a finished run. Raises LoadError naming what is missing or damaged."""
-    from pydantic import ValidationError
-
-    from prunus.core.errors import LoadError
-    from prunus.core.plugin_settings import first_problem
-    from prunus.core.report import Report
-
-    try:
-        return Report.model_validate(folder.read_json("report.json"))
-    except ValidationError as error:
-        raise LoadError(f"{folder.path / 'report.json'} is damaged: {first_problem(error)}") from None
 
 
 def _open(settings: Any, registry: list[Path] | None) -> Session:
