@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from prunus.adapters.pytorch.tracing.labelling import Contraction
 from prunus.adapters.pytorch.tracing.program import Step, call
+from prunus.adapters.pytorch.tracing.restriction import Number, Restriction, with_numbers
 from prunus.adapters.pytorch.tracing.trace import Trace
-from prunus.core.cost import IntArray
 from prunus.core.errors import TraceError
 
 Mode = Literal["mask", "prune"]
 
 
 class Oracle:
-    """One forward pass of one plan."""
+    """One plan, in one mode, on any number of inputs."""
 
     def __init__(
         self, trace: Trace, tensors: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]], mode: Mode
@@ -34,20 +35,25 @@ class Oracle:
         self._trace = trace
         self._mode = mode
         self._tensors = {**trace.program.constants, **tensors}
-        kept = {name: np.asarray(units, dtype=np.int64) for name, units in keep.items()}
-        self._keep = trace.graph.check_keep(kept)
-        self._counts = {name: len(units) for name, units in self._keep.items()}
-        self._alive: dict[int, Tensor | None] = {}
-        self._sites: dict[int, list[Any]] = {}
+        kept = trace.graph.check_keep({n: np.asarray(u, dtype=np.int64) for n, u in keep.items()})
+        self._restriction = Restriction(lambda ids: trace.grouping.alive(ids, kept))
+        counts = {name: len(units) for name, units in kept.items()}
+        self._numbers: dict[int, list[Number]] = {}
         for site in trace.sites:
-            self._sites.setdefault(site.step, []).append(site)
-        self._contracted: dict[int, list[Any]] = {}
+            number = (site.argument, site.position, round(site.extent.at(counts)))
+            self._numbers.setdefault(site.step, []).append(number)
+        self._contracted: dict[int, list[Contraction]] = {}
         for contraction in trace.contractions:
             self._contracted.setdefault(contraction.step.index, []).append(contraction)
-        self._last_use: dict[int, list[Step]] = _last_uses(trace)
+        self._last_use = _last_uses(trace)
 
     def run(self, inputs: Any) -> Any:
         """`inputs` is a tensor or the tuple of positional arguments; larger batches run in parts."""
+        if self._trace.program.concrete:
+            raise TraceError(
+                "the forward pass depends on its input's values, so its recording holds for one input alone; "
+                "use masked_call with the model"
+            )
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         batch = self._trace.program.batch
         first = next((x for x in args if isinstance(x, Tensor)), None)
@@ -67,7 +73,7 @@ class Oracle:
     def _forward(self, args: tuple[Any, ...]) -> Any:
         program = self._trace.program
         values: dict[Step, Any] = {}
-        leaves = pytree.tree_flatten((args, {}))[0]
+        leaves = pytree.tree_leaves(args)
         for step, value in zip(program.inputs, leaves, strict=True):
             if step is not None:
                 values[step] = value
@@ -88,51 +94,30 @@ class Oracle:
             raise TraceError(f"tensor {step.name!r} is missing; pass the state dict of the whole model")
         value = self._tensors[step.name].detach()
         if self._mode == "prune" and step in self._trace.labels:
-            return self._restrict(value, self._trace.labels[step])
+            return self._restriction.restrict(value, self._trace.labels[step])
         return value
 
     def _call(self, step: Step, values: Mapping[Step, Any]) -> Any:
         arguments = {name: _resolve(x, values) for name, x in step.arguments.items()}
+        numbers, labels = self._numbers.get(step.index, []), self._trace.labels
         if self._mode == "prune":
-            return self._checked(step, self.execute(step, _unaliased(step, self._literals(step, arguments))))
+            return self._checked(step, self.execute(step, _unaliased(step, with_numbers(arguments, numbers))))
         if step in self._trace.statistics:
-            return self._restricted_call(step, arguments)
+            sources = {n: labels[x] for n, x in step.arguments.items() if isinstance(x, Step)}
+            return self._restriction.call(step, arguments, sources, labels[step], numbers)
         for contraction in self._contracted.get(step.index, ()):
-            self._zero(arguments, contraction)
+            self._restriction.zero(arguments, contraction)
         return call(step, _unaliased(step, arguments))
 
     def execute(self, step: Step, arguments: dict[str, Any]) -> Any:
         """One operator of a pruned pass; what times operators overrides it."""
         return call(step, arguments)
 
-    def _restricted_call(self, step: Step, arguments: dict[str, Any]) -> Any:
-        """Statistics over the living: restrict every operand, run, put zeros back where nothing lives."""
-        for name, source in step.arguments.items():
-            if isinstance(source, Step) and source in self._trace.labels:
-                arguments[name] = self._restrict(arguments[name], self._trace.labels[source])
-        result = call(step, _unaliased(step, self._literals(step, arguments)))
-        labels = self._trace.labels[step]
-        if isinstance(result, Tensor):
-            return self._scatter(result, labels, step.shape)
-        return tuple(self._scatter(r, x, n) for r, x, n in zip(result, labels, step.shapes, strict=True))
-
-    def _literals(self, step: Step, arguments: dict[str, Any]) -> dict[str, Any]:
-        for site in self._sites.get(step.index, ()):
-            value = round(site.extent.at(self._counts))
-            if site.position is None:
-                arguments[site.argument] = value
-            else:
-                numbers = list(arguments[site.argument])
-                numbers[site.position] = value
-                arguments[site.argument] = numbers
-        return arguments
-
     def _checked(self, step: Step, result: Any) -> Any:
         """A pruned result must have the length that its labels promise."""
         if isinstance(result, Tensor) and isinstance(step.shapes, tuple):
             for axis, ids in enumerate(self._trace.labels[step]):
-                index = None if ids is None else self._indices(ids)
-                expected = step.shape[axis] if index is None else len(index)
+                expected = step.shape[axis] if ids is None else self._restriction.count(ids)
                 if result.shape[axis] != expected:
                     raise TraceError(
                         f"{step.op} in {step.where()}: axis {axis} has {result.shape[axis]} entries after "
@@ -140,42 +125,6 @@ class Oracle:
                         node=step.op,
                     )
         return result
-
-    def _indices(self, ids: IntArray) -> Tensor | None:
-        """The living indices, None if all live."""
-        if id(ids) not in self._alive:
-            alive = self._trace.grouping.alive(ids, self._keep)
-            self._alive[id(ids)] = None if alive.all() else torch.from_numpy(np.flatnonzero(alive))
-        return self._alive[id(ids)]
-
-    def _restrict(self, value: Tensor, labels: Any) -> Tensor:
-        for axis, ids in enumerate(labels):
-            index = None if ids is None else self._indices(ids)
-            if index is not None:
-                value = value.index_select(axis, index)
-        return value
-
-    def _scatter(self, value: Tensor, labels: Any, shape: Sequence[int]) -> Tensor:
-        for axis, ids in enumerate(labels):
-            index = None if ids is None else self._indices(ids)
-            if index is not None:
-                whole = value.new_zeros([*value.shape[:axis], shape[axis], *value.shape[axis + 1 :]])
-                value = whole.index_copy(axis, index, value)
-        return value
-
-    def _zero(self, arguments: dict[str, Any], contraction: Any) -> None:
-        index = self._indices(contraction.ids)
-        if index is None:
-            return
-        name, position, axis = contraction.argument, contraction.position, contraction.axis
-        value = arguments[name] if position is None else arguments[name][position]
-        dead = torch.ones(value.shape[axis], dtype=torch.bool)
-        dead[index] = False
-        zeroed = value.index_fill(axis, torch.nonzero(dead)[:, 0], 0)
-        if position is None:
-            arguments[name] = zeroed
-        else:
-            arguments[name] = [zeroed if i == position else x for i, x in enumerate(arguments[name])]
 
 
 def _resolve(value: Any, values: Mapping[Step, Any]) -> Any:
@@ -191,12 +140,13 @@ def _unaliased(step: Step, arguments: dict[str, Any]) -> dict[str, Any]:
     schema = getattr(step.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return arguments
-    return {
-        name: value.clone()
-        if isinstance(value, Tensor) and step.arguments[name].op in ("tensor", "input", "constant")
-        else value
-        for name, value in arguments.items()
-    }
+    outside = ("tensor", "input", "constant")
+    copied = dict(arguments)
+    for name, value in arguments.items():
+        source = step.arguments[name]
+        if isinstance(value, Tensor) and isinstance(source, Step) and source.op in outside:
+            copied[name] = value.clone()
+    return copied
 
 
 def _last_uses(trace: Trace) -> dict[int, list[Step]]:

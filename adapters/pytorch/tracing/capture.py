@@ -23,7 +23,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     Fake tensors first: no arithmetic, no memory. A model that asks for values (detection) runs on real ones.
     Raises TraceError with the reason if neither works.
     """
-    with _as_found(model, training), warnings.catch_warnings(), torch.no_grad():
+    with as_found(model, training), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             return _record(model, args, kwargs, FakeTensorMode(allow_non_fake_inputs=True))
@@ -66,7 +66,7 @@ def _record(
 
 
 @contextmanager
-def _as_found(model: nn.Module, training: bool) -> Iterator[None]:
+def as_found(model: nn.Module, training: bool) -> Iterator[None]:
     """Sets the mode and empties caches of derived tensors; afterwards everything is as before.
 
     A forward pass may store what it computed (attention biases, masks): stored fake tensors would poison

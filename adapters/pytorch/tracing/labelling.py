@@ -105,19 +105,30 @@ class Labelling:
 
     def run(self, program: Program, labelled: Callable[[str], bool]) -> dict[Step, Any]:
         """Label `program`; only tensors for which `labelled(name)` holds may shrink. Returns step -> labels."""
-        self._labels = {}
+        self._labels, self._weights = {}, {}
         for step in program.steps:
-            self._weights[step] = step.op != "input" and all(self._weights[x] for x in step.inputs())
-            if step.op in ("tensor", "input", "constant"):
-                continue
-            for source in step.inputs():
-                if source not in self._labels:
-                    self._labels[source] = self._source(source, labelled)
-            self._labels[step] = self._apply(step)
+            self.add(step, labelled)
         for output in steps_in(program.outputs):
             for ids in _arrays(self._labels.get(output)):
                 self.variables.lock(ids, "model output")
         return self._labels
+
+    def add(self, step: Step, labelled: Callable[[str], bool]) -> None:
+        """Label one more step; those it reads were added before."""
+        self._weights[step] = step.op != "input" and all(self._weights[x] for x in step.inputs())
+        if step.op in ("tensor", "input", "constant"):
+            return
+        for source in step.inputs():
+            if source not in self._labels:
+                self._labels[source] = self._source(source, labelled)
+        self._labels[step] = self._apply(step)
+
+    def add_with_sources(self, step: Step) -> None:
+        """Label a step whose tensors all have labels already (`tensors`), or cannot shrink."""
+        for source in step.inputs():
+            if source not in self._weights:
+                self.add(source, self.tensors.__contains__)
+        self.add(step, self.tensors.__contains__)
 
     def _source(self, step: Step, labelled: Callable[[str], bool]) -> Labels:
         if step.op != "tensor" or not labelled(step.name):

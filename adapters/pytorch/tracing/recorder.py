@@ -40,10 +40,15 @@ class Recorder(ProxyTorchDispatchMode):
         kwargs = kwargs or {}
         named = _bind(func, args, kwargs)
         arguments = {name: self._recorded(value) for name, value in named.items()}
+        owner = self._stack[-1] if self._stack else ("", "")
         result = func(*args, **kwargs)
-        owner, owner_class = self._stack[-1] if self._stack else ("", "")
-        step = self._add(operator_name(func), func, arguments, shapes_of(result), owner, owner_class)
+        step = self._add(operator_name(func), func, arguments, shapes_of(result), owner)
+        result = self._completed(step, named, result)
         self._assign(step, result)
+        return result
+
+    def _completed(self, step: Step, arguments: dict[str, Any], result: Any) -> Any:
+        """Called with every new step; what it returns is the operator's result."""
         return result
 
     def source(self, kind: str, name: str, value: Tensor) -> Step:
@@ -57,9 +62,15 @@ class Recorder(ProxyTorchDispatchMode):
         return self._recorded(value)
 
     def _add(
-        self, op: str, target: Any, arguments: dict[str, Any], shapes: Any, *owner: str, name: str = ""
+        self,
+        op: str,
+        target: Any,
+        arguments: dict[str, Any],
+        shapes: Any,
+        owner: tuple[str, str] = ("", ""),
+        name: str = "",
     ) -> Step:
-        step = Step(len(self.steps), op, target, arguments, shapes, *owner, name=name)
+        step = Step(len(self.steps), op, target, arguments, shapes, owner[0], owner[1], name)
         self.steps.append(step)
         return step
 
@@ -83,10 +94,8 @@ class Recorder(ProxyTorchDispatchMode):
         elif isinstance(result, list | tuple):
             for position, item in enumerate(result):
                 if isinstance(item, Tensor):
-                    part = {"a": step, "b": position}
-                    self._step_of[item] = self._add(
-                        "getitem", _item, part, shapes_of(item), step.owner, step.owner_class
-                    )
+                    part, place = {"a": step, "b": position}, (step.owner, step.owner_class)
+                    self._step_of[item] = self._add("getitem", _item, part, shapes_of(item), place)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -202,3 +202,39 @@ def lstm(t: Labelling, s: Step) -> Any:
 
 def _directions(hidden: Label, directions: int) -> Label:
     return None if hidden is None else np.tile(hidden, directions)
+
+
+@rule("torchvision.deform_conv2d")
+def deformable(t: Labelling, s: Step) -> Labels:
+    """A convolution whose taps move: offsets and mask steer space and cannot shrink."""
+    for name in ("offset", "mask"):
+        for ids in t.of(s.arguments[name]):
+            t.lock(ids, f"it steers a deformable convolution in {s.where()}")
+    x, weight, bias = s.arguments["input"], s.arguments["weight"], s.arguments["bias"]
+    labels, w = t.of(x), t.of(weight)
+    if s.arguments["groups"] != 1 or s.arguments["offset_groups"] != 1:
+        t.lock_inputs(s, f"grouped deformable convolution in {s.where()} is not supported")
+        return t.free(s)
+    read = t.same(s, labels[1], w[1])
+    t.contract(s, "input", 1, read)
+    t.role(weight, 1, w[1], "reads")
+    written = t.same(s, w[0], t.of(bias)[0]) if bias.shape else w[0]
+    t.role(weight, 0, written, "writes")
+    spans, wide = extent_of(weight.shape, w)
+    t.macs(s, spans * prod(s.shape[2:]) * s.shape[0], wide)
+    return [None, written, None, None]
+
+
+@rule("torchvision.roi_align", "torchvision.roi_pool")
+def regions(t: Labelling, s: Step) -> Any:
+    """Crops within each channel."""
+    channels = t.of(s.arguments["input"])[1]
+    for ids in t.of(s.arguments["rois"]):
+        t.lock(ids, f"its values are boxes in {s.where()}")
+    return [None, channels, None, None] if isinstance(s.shapes, tuple) else t.free(s)
+
+
+@rule("torchvision.nms")
+def suppression(t: Labelling, s: Step) -> Any:
+    t.lock_inputs(s, f"its values are boxes in {s.where()}")
+    return t.free(s)

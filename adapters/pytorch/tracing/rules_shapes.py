@@ -78,19 +78,6 @@ def flip(t: Labelling, s: Step) -> Labels:
     return labels
 
 
-def _fixed(t: Labelling, s: Step, ids: Label) -> Label:
-    t.lock(ids, f"{short(s)} in {s.where()} moves its entries by position")
-    return None
-
-
-@rule("aten.roll")
-def roll(t: Labelling, s: Step) -> Labels:
-    labels: Labels = list(t.of(s.arguments["self"]))
-    for axis in s.arguments["dims"] or range(len(labels)):
-        labels[axis] = _fixed(t, s, labels[axis])
-    return labels
-
-
 @rule("aten.cat", "aten.concat", "aten.concatenate")
 def cat(t: Labelling, s: Step) -> Labels:
     operands = [x for x in s.arguments["tensors"] if x.shape != (0,)]
@@ -167,94 +154,6 @@ def chunk(t: Labelling, s: Step) -> list[Labels]:
     return _even(t, s, axis, [shape[axis] for shape in s.shapes], None)
 
 
-@rule("aten.slice")
-def slice_(t: Labelling, s: Step) -> Labels:
-    labels: Labels = list(t.of(s.arguments["self"]))
-    length = s.arguments["self"].shape[s.arguments["dim"]]
-    axis, step = s.arguments["dim"], s.arguments["step"]
-    ids = labels[axis]
-    if ids is None:
-        return labels
-    start, stop, _ = slice(s.arguments["start"], s.arguments["end"], step).indices(length)
-    if step == 1:
-        if start:
-            t.literal(s, "start", None, s.arguments["start"], ids[:start])
-        if stop < length:
-            t.literal(s, "end", None, s.arguments["end"], ids[:stop])
-    elif len(ids) != length // step * step or start >= step or stop < length:
-        t.lock(ids, f"slice in {s.where()} takes every {step}th entry of it from {start} to {stop}")
-    else:  # removing whole periods keeps the stride right
-        for offset in range(1, step):
-            t.same(s, ids[::step], ids[offset::step])
-    labels[axis] = tidy(ids[start:stop:step])
-    return labels
-
-
-@rule("aten.narrow")
-def narrow(t: Labelling, s: Step) -> Labels:
-    labels: Labels = list(t.of(s.arguments["self"]))
-    axis, start, length = s.arguments["dim"], s.arguments["start"], s.arguments["length"]
-    ids = labels[axis]
-    if ids is not None:
-        t.literal(s, "start", None, start, ids[:start])
-        t.literal(s, "length", None, length, ids[start : start + length])
-        labels[axis] = tidy(ids[start : start + length])
-    return labels
-
-
-@rule("aten.select")
-def select(t: Labelling, s: Step) -> Labels:
-    labels: Labels = list(t.of(s.arguments["self"]))
-    t.lock(labels.pop(s.arguments["dim"]), f"single entries of it are picked by position in {s.where()}")
-    return labels
-
-
-@rule("aten.unbind")
-def unbind(t: Labelling, s: Step) -> list[Labels]:
-    labels: Labels = list(t.of(s.arguments["self"]))
-    t.lock(labels.pop(s.arguments["dim"]), f"its entries are taken apart by position in {s.where()}")
-    return [labels for _ in s.shapes]
-
-
-@rule("aten.index", "aten._unsafe_index")
-def index(t: Labelling, s: Step) -> Labels:
-    """Indexed axes are locked; the index axes take their place (in front, if they are not adjacent)."""
-    x, indices = s.arguments["self"], s.arguments["indices"]
-    labels: Labels = t.of(x)
-    used = [axis for axis, i in enumerate(indices) if i is not None]
-    for axis in used:
-        t.lock(labels[axis], f"its entries are looked up by index in {s.where()}")
-    for i in indices:
-        if i is not None:
-            for ids in t.of(i):
-                t.lock(ids, f"it is used as an index in {s.where()}")
-    free = [ids for axis, ids in enumerate(labels) if axis not in used]
-    added = len(s.shape) - len(free)
-    at = used[0] if used and used == list(range(used[0], used[-1] + 1)) else 0
-    return free[:at] + [None] * added + free[at:]
-
-
-@rule(*operators("index_select gather take_along_dim scatter scatter_add index_add"))
-def gather(t: Labelling, s: Step) -> Labels:
-    x = s.arguments["self"]
-    labels: Labels = list(t.of(x))
-    axis = s.arguments["dim"] or 0
-    t.lock(labels[axis], f"its entries are looked up by index in {s.where()}")
-    labels[axis] = None
-    for other in list(s.inputs())[1:]:
-        if len(other.shape) == len(labels):
-            for i, ids in enumerate(t.of(other)):
-                if i != axis % len(labels):
-                    labels[i] = t.same(s, labels[i], ids)
-    return labels
-
-
-@rule("aten.index_put", "aten.masked_scatter", "aten.select_scatter", "aten.slice_scatter")
-def index_put(t: Labelling, s: Step) -> Labels:
-    t.lock_inputs(s, f"parts of it are overwritten in {s.where()}")
-    return [None] * len(s.shape)
-
-
 @rule("aten.expand")
 def expand(t: Labelling, s: Step) -> Labels:
     """A repeated axis is the same everywhere, so any length of it is right."""
@@ -299,12 +198,12 @@ def repeat(t: Labelling, s: Step) -> Labels:
     x = s.arguments["self"]
     labels: Labels = t.of(x)
     added = len(s.shape) - len(labels)
-    result: Labels = []
-    for axis, size in enumerate(s.shape):
-        at = axis - added
-        ids = labels[at] if at >= 0 else None
-        result.append(None if ids is None else np.tile(ids, size // x.shape[at]))
-    return result
+    padded: Labels = [*([None] * added), *labels]
+    sizes = (1,) * added + x.shape
+    return [
+        None if ids is None else np.tile(ids, size // old)
+        for ids, size, old in zip(padded, s.shape, sizes, strict=True)
+    ]
 
 
 @rule("aten.repeat_interleave")
@@ -322,7 +221,8 @@ def repeat_interleave(t: Labelling, s: Step) -> Labels:
 @rule(*operators("pad constant_pad_nd reflection_pad2d replication_pad2d reflection_pad1d"))
 def pad(t: Labelling, s: Step) -> Labels:
     """Constant padding of channels adds channels of one value, which may be removed like any other."""
-    x, amounts = s.arguments["self"], s.arguments.get("pad", s.arguments.get("padding"))
+    name = "pad" if "pad" in s.arguments else "padding"
+    x, amounts = s.arguments["self"], s.arguments[name]
     labels: Labels = list(t.of(x))
     constant = s.op == "aten.constant_pad_nd" or s.arguments.get("mode") == "constant"
     for k in range(len(amounts) // 2):
@@ -335,7 +235,6 @@ def pad(t: Labelling, s: Step) -> Labels:
             labels[axis] = None
             continue
         new = t.variables.fresh(before + after)
-        name = "pad" if "pad" in s.arguments else "padding"
         t.literal(s, name, 2 * k, before, new[:before] if before else None)
         t.literal(s, name, 2 * k + 1, after, new[before:] if after else None)
         labels[axis] = np.concatenate([new[:before], ids, new[before:]])
@@ -379,12 +278,3 @@ def patches(t: Labelling, s: Step) -> Any:
     kept, inner = split(t, s, ids, (s.shape[-3], cells))
     t.lock(inner, f"{short(s)} in {s.where()} turns it into space")
     return [*labels[:channel], kept, None, None]
-
-
-@rule("aten.unfold")
-def unfold(t: Labelling, s: Step) -> Labels:
-    labels: Labels = list(t.of(s.arguments["self"]))
-    axis = s.arguments["dimension"]
-    t.lock(labels[axis], f"windows slide over it in {s.where()}")
-    labels[axis] = None
-    return [*labels, None]

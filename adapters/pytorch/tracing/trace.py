@@ -11,7 +11,13 @@ import numpy as np
 from torch import Tensor, nn
 
 # Importing the rules registers them.
-from prunus.adapters.pytorch.tracing import rules_contractions, rules_layers, rules_pointwise, rules_shapes
+from prunus.adapters.pytorch.tracing import (
+    rules_contractions,
+    rules_indexing,
+    rules_layers,
+    rules_pointwise,
+    rules_shapes,
+)
 from prunus.adapters.pytorch.tracing.capture import capture
 from prunus.adapters.pytorch.tracing.grouping import Grouping
 from prunus.adapters.pytorch.tracing.labelling import RULES, Contraction, Labelling, Multiplications
@@ -20,7 +26,7 @@ from prunus.core.cost import CostTerm, Extent, IntArray
 from prunus.core.errors import TraceError
 from prunus.core.graph import ChannelGraph
 
-RULE_MODULES = (rules_contractions, rules_layers, rules_pointwise, rules_shapes)
+RULE_MODULES = (rules_contractions, rules_indexing, rules_layers, rules_pointwise, rules_shapes)
 
 
 @dataclass(frozen=True, slots=True)
