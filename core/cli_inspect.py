@@ -104,6 +104,7 @@ def evaluate(
                 f"{finished.model}: [bold]{tested.accuracy:.2%}[/] of {tested.samples:,} test images (loss "
                 f"{tested.loss:.4f}), {size}",
                 highlight=False,
+                soft_wrap=True,
             )
     return 0
 

@@ -138,6 +138,8 @@ def _done(directive: Directive, observation: Observation) -> str:
 def summary(report: Report) -> RenderableType:
     """The finished run: before and after, widths by stage, the proof, where it lies and what to do next."""
     next_steps = Table.grid(padding=(0, 2))
+    next_steps.add_column()
+    next_steps.add_column(overflow="fold")
     next_steps.add_row("evaluate", f"optimize evaluate {report.run}")
     next_steps.add_row("in Python", f'prunus.adapters.pytorch.load("{report.run}")')
     lines: list[RenderableType] = [_sizes(report), _stages(report.widths), Text(proof(report))]
