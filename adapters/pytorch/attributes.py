@@ -58,6 +58,7 @@ def bind_attributes(
     modules, first = dict(model.named_modules()), _first_paths(model)
     equations = list(_equations(record_uses(model, args, kwargs or {}), trace, first))
     equations.extend(_named_arguments(modules, trace.sites, first))
+    equations.extend(_announced_widths(model, trace))
     solution, conflicts = _solved(equations)
     values: dict[tuple[str, str], Any] = {}
     for attribute, value in solution.items():
@@ -179,6 +180,21 @@ def _named_arguments(
             yield Attribute(owner, site.argument), target
         elif site.position is not None and isinstance(held, list | tuple) and len(held) > site.position:
             yield Attribute(owner, site.argument, site.position), target
+
+
+def _announced_widths(model: Any, trace: Trace) -> Iterable[Equation]:
+    """timm's models say how wide their features are; whoever replaces the classifier relies on it."""
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if not isinstance(head, nn.Linear):
+        return
+    name = next((n for n, p in model.named_parameters() if p is head.weight), None)
+    labels = next((trace.labels[step] for step in trace.labels if step.op == "tensor" and step.name == name), None)
+    if labels is None or labels[1] is None:
+        return
+    width = Polynomial.from_extent(trace.grouping.extent(labels[1]))
+    for attribute in ("num_features", "head_hidden_size"):
+        if vars(model).get(attribute) == head.in_features:
+            yield Attribute("", attribute), width
 
 
 def _solved(equations: Sequence[Equation]) -> tuple[dict[Attribute, Polynomial], list[Conflict]]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -206,3 +207,26 @@ def test_edits_of_another_model_are_refused_before_anything_changes() -> None:
         with pytest.raises(PlanError):
             apply_edits(model, [good, bad])
     assert model.a == 1
+
+
+def test_a_new_classifier_fits_the_pruned_features() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet").eval()
+    x = torch.randn(1, 3, 64, 64)
+    prepared = prepare(model, x, certified=False)
+    keep = random_keep(prepared.graph, 0)
+    counts = prepared.graph.units | {name: len(units) for name, units in keep.items()}
+    remove(model, prepared.graph, keep, prepared.bindings.edits(prepared.graph.units, counts))
+    model.reset_classifier(5)
+    assert model.num_features == model.get_classifier().in_features
+    assert model(x).shape == (1, 5)
+
+
+def test_code_that_insists_on_plain_integers_costs_locks_not_a_crash() -> None:
+    class Strict(Heads):
+        def forward(self, x: Tensor) -> Tensor:
+            assert type(self.num_heads) is int
+            return super().forward(x)
+
+    graph = prepare(Strict(), _tokens()).graph
+    assert any(group.locked and "forward" in group.locked for group in graph.groups.values())
