@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -172,7 +172,7 @@ class Trainer:
             answers = teacher_logits(job.teachers, images) if distil is not None else None
             if hook is not None:
                 hook.before_forward()
-            output = module(images)
+            output = _answer(module, images)
         loss = classification_loss(output, labels)
         logits = logits_of(output)
         if distil is not None and answers is not None:
@@ -193,6 +193,15 @@ class Trainer:
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
         return True
+
+
+def _answer(module: nn.Module, images: Tensor) -> Any:
+    try:
+        return module(images)
+    except RuntimeError as error:  # auxiliary classifiers may need larger images than the rest, memory may end
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+        shape = "x".join(map(str, images.shape))
+        raise TrainingError(f"the model fails in training mode on a batch of {shape}: {reason}") from error
 
 
 @torch.no_grad()

@@ -137,6 +137,25 @@ def test_nan_stops_the_training_at_its_step_and_spreads_no_further(data: DataBun
     assert all(bool(torch.isfinite(value).all()) for value in module.state_dict().values())
 
 
+class Choosy(nn.Module):
+    """Works in evaluation only, as models do whose auxiliary classifiers need larger images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.flatten(1)[:, : 63 if self.training else 64])
+
+
+def test_a_model_that_fails_in_training_mode_alone_ends_in_one_clear_line(data: DataBundle) -> None:
+    module = Choosy()
+    with pytest.raises(TrainingError, match=r"training mode on a batch of 64x1x8x8: [^\n]+$"):
+        Trainer(SETTINGS, data.train, 0).train(
+            module, SETTINGS.make_optimizer(module), Job(Train(epochs=1), 0, 1.0)
+        )
+
+
 def test_a_learning_rate_beyond_reason_ends_in_a_training_error(data: DataBundle) -> None:
     module = student().module
     with pytest.raises(TrainingError, match="smaller --lr"):
@@ -254,7 +273,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(data: DataBundle) -> None:
     before = [p.detach().clone() for p in module.parameters()]
     job = Job(Train(epochs=1e-9, schedule="constant", warmup=0.0), 0, 1.0)
     Trainer(settings, data.train, 0).train(module, settings.make_optimizer(module), job)
-    moved = [p - q for p, q in zip(module.parameters(), before, strict=True)]
+    moved = [p.detach() - q for p, q in zip(module.parameters(), before, strict=True)]
     assert float(torch.cat([m.flatten() for m in moved]).norm()) == pytest.approx(1e-3, rel=1e-2)
 
 
