@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunus.adapters.pytorch.artifact import apply_plan
 from prunus.adapters.pytorch.catalog import build, construct
-from prunus.adapters.pytorch.certification import random_keep
+from prunus.adapters.pytorch.certification import certify, random_keep
 from prunus.adapters.pytorch.comparison import copied_state, evaluating
 from prunus.adapters.pytorch.structural_copy import structural_copy
 from prunus.adapters.pytorch.surgery import remove
@@ -41,7 +41,7 @@ def examine(name: str) -> dict[str, Any]:
     prepared = prepare(model, spec.example(1), certified=False)
     record["trace_seconds"] = round(time.perf_counter() - start, 2)
     uncertified = len(prepared.graph.prunable)
-    prepared = prepare(model, spec.example(1))
+    prepared.trace.graph = certify(model, prepared.trace, prepared.bindings, spec.example(1))
     record["seconds"] = round(time.perf_counter() - start, 2)
     graph = prepared.graph
     dense = graph.cost()
