@@ -70,7 +70,7 @@ def save_artifact(
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, untied_state(model), {"format": "pt"})
     write_plan(folder, plan)
-    again = _assemble(folder, build)
+    again = assemble(folder, build)
     again.to(next(model.parameters()).device)
     difference = _largest_difference(_answer(model, example), _answer(again, example))
     if difference != 0.0:
@@ -81,16 +81,20 @@ def save_artifact(
         )
 
 
-def load(folder: str | Path, *, trust: bool = False) -> nn.Module:
+def load(folder: str | Path, *, original: nn.Module | None = None, trust: bool = False) -> nn.Module:
     """The pruned model of a finished run: a plain module of its original class, on the CPU, in eval mode.
 
-    `trust` allows a model named `python:module:factory`, whose code is then imported.
-    Raises LoadError or PlanError if the folder is incomplete, damaged or of another model.
+    `original` is a fresh model of the original architecture, for runs whose model has no name; it is
+    changed in place and returned. `trust` allows a model named `python:module:factory`, whose code is then
+    imported. Raises LoadError or PlanError if the folder is incomplete, damaged or of another model.
     """
-    return _assemble(Path(folder), lambda source: construct(source, allow_python=trust))
+    if original is not None:
+        return assemble(Path(folder), lambda source: original)
+    return assemble(Path(folder), lambda source: construct(source, allow_python=trust))
 
 
-def _assemble(folder: Path, build: Builder) -> nn.Module:
+def assemble(folder: Path, build: Builder) -> nn.Module:
+    """The model of `folder`, made from the original that `build` gives."""
     plan = read_plan(folder)
     model = build(plan.model)
     apply_plan(model, plan)

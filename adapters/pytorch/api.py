@@ -1,0 +1,140 @@
+"""What users call from Python: `prune`, `load`, `trace`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunus.adapters.pytorch.artifact import load
+from prunus.adapters.pytorch.catalog import BuiltModel
+from prunus.adapters.pytorch.defaults import filled
+from prunus.adapters.pytorch.session import PyTorchSession, open_session
+from prunus.adapters.pytorch.user_data import GivenInputs, bundle_of
+from prunus.adapters.pytorch.verification import prepare
+from prunus.core.adapter import Description
+from prunus.core.budget import Budget
+from prunus.core.directives import Directive, Observation
+from prunus.core.errors import ConfigError
+from prunus.core.graph import ChannelGraph
+from prunus.core.plan import ModelSource, PruningPlan
+from prunus.core.pruning import prune as run_to_the_end
+from prunus.core.registry import Registry
+from prunus.core.report import Report
+from prunus.core.run_folder import RunFolder, choose_folder
+from prunus.core.settings import RunSettings, make_settings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pruned:
+    """What `prune` gives back."""
+
+    model: nn.Module
+    """Smaller, of its original class, in eval mode."""
+    plan: PruningPlan
+    report: Report
+    folder: Path
+
+
+class _Silent:
+    """A display for callers who have their own."""
+
+    def opened(self, description: Description, settings: RunSettings, budget: Budget) -> None: ...
+
+    def began(self, index: int, directive: Directive) -> None: ...
+
+    def answered(self, index: int, directive: Directive, observation: Observation) -> None: ...
+
+    def progress(
+        self, label: str, done: int, total: int, loss: float | None = None, lr: float | None = None
+    ) -> None: ...
+
+    def notice(self, text: str) -> None: ...
+
+
+def prune(
+    model: nn.Module | str,
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    *,
+    train_data: Any = None,
+    test_data: Any = None,
+    plugin: str = "gsm-anneal",
+    target: str | Sequence[str] = "macs=50%",
+    importance: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    trained: bool = True,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Pruned:
+    """Prune `model` and return the smaller one, with its plan and report, as `optimize prune` does.
+
+    `model` is a name (`timm/resnet18`; then `data=...` names the data) or a module, which is not changed.
+    A module needs `example_inputs` (batch of 2) and, unless the method is data-free, `train_data`: a data
+    set of (image, label) or its DataLoader; `trained=False` trains it first. Further `settings` are those
+    of `RunSettings`: epochs, lr, seed, device... Raises what `optimize prune` reports: ConfigError,
+    UnreachableTargetError, TraceError, VerificationError, ...
+    """
+    fields = {
+        **settings,
+        "plugin": plugin,
+        "targets": (target,) if isinstance(target, str) else tuple(target),
+        "importance": importance,
+        "config": dict(config or {}),
+    }
+    session: list[PyTorchSession] = []
+    if isinstance(model, str):
+        chosen = make_settings({**fields, "model": model})
+
+        def opened(resolved: RunSettings) -> PyTorchSession:
+            session.append(open_session(resolved))
+            return session[-1]
+    else:
+        chosen = make_settings({**fields, "data": "none" if train_data is None else "given"})
+        original = model
+
+        def opened(resolved: RunSettings) -> PyTorchSession:
+            session.append(_session_of(original, example_inputs, train_data, test_data, trained, resolved))
+            return session[-1]
+
+    folder = RunFolder(Path(output)) if output is not None else RunFolder(choose_folder(chosen))
+    report = run_to_the_end(
+        chosen, folder, Registry.discover(), _Silent(), resume=False, overwrite=overwrite, open_session=opened
+    )
+    adapter = session[-1].adapter
+    return Pruned(adapter.model.eval(), adapter.plan, report, folder.path)
+
+
+def _session_of(
+    model: nn.Module, example_inputs: Any, train_data: Any, test_data: Any, trained: bool, settings: RunSettings
+) -> PyTorchSession:
+    if example_inputs is None:
+        raise ConfigError("a module needs example_inputs: a tensor, or the tuple of its arguments")
+    inputs = GivenInputs(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
+    name = f"object:{type(model).__module__}.{type(model).__qualname__}"
+    settings = filled(settings.model_copy(update={"model": name}))
+    bundle = None
+    if train_data is not None:
+        bundle = bundle_of(train_data, test_data, holdout=settings.holdout, batch_size=settings.batch_size)
+    own = copy.deepcopy(model)
+    fresh = copy.deepcopy(model)
+    built = BuiltModel(
+        own, ModelSource(name=name), inputs, trained, bundle.classes if bundle is not None else None
+    )
+    return PyTorchSession(settings, built, bundle, lambda source: copy.deepcopy(fresh))
+
+
+def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certified: bool = True) -> ChannelGraph:
+    """What can be removed from `model`, and what it costs. `model` is not changed.
+
+    With `certified`, random removals are tried on copies, and what the forward pass cannot follow is
+    locked, with the reason. Raises TraceError if the model cannot be captured.
+    """
+    return prepare(copy.deepcopy(model), example_inputs, certified=certified).graph
+
+
+__all__ = ["Pruned", "load", "prune", "trace"]

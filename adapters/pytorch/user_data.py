@@ -1,0 +1,117 @@
+"""A user's own model and data set, objects without a name, in the shape that runs want."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from prunus.adapters.pytorch.batches import DataBundle, stratified_split
+from prunus.adapters.pytorch.file_images import FileBatches, FileTrainBatches, LoaderSettings, seeded
+from prunus.core.cost import IntArray
+from prunus.core.errors import ConfigError, LoadError
+
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GivenInputs:
+    """Stands for `InputSpec` where the user gave example inputs instead of a size."""
+
+    args: tuple[Any, ...]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the first tensor, as far as it has them."""
+        first = next((x for x in self.args if isinstance(x, Tensor)), None)
+        shape = tuple(first.shape[1:]) if first is not None else ()
+        padded = (*shape, 1, 1, 1)
+        return padded[0], padded[1], padded[2]
+
+    def example(self, batch: int = 2, seed: int = 0) -> tuple[Any, ...]:
+        """The given inputs; with another seed, noise of their shape and spread. The batch is as given."""
+        if seed == 0:
+            return self.args
+        generator = torch.Generator().manual_seed(seed)
+
+        def noise(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            scale = value.std() if value.numel() > 1 else value.abs().max()
+            return torch.randn(value.shape, generator=generator).to(value) * scale + value.mean()
+
+        return tuple(noise(value) for value in self.args)
+
+
+class SeededSamples(Dataset[tuple[Tensor, int]]):
+    """A user's data set, whose own random augmentation depends on the ticket (index, seed) alone."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)  # type: ignore[arg-type]
+
+    def __getitem__(self, ticket: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = ticket
+        with seeded(seed):
+            image, label = self._data[index][:2]
+        return image, int(label)
+
+
+def bundle_of(
+    train: Any, test: Any, *, holdout: float = 0.1, batch_size: int | None = None, workers: int | None = None
+) -> DataBundle:
+    """The bundle of two data sets of (image tensor, label), or of the loaders that serve them.
+
+    A loader's data set, batch size and number of workers are used; order and hold-out are the run's own.
+    Images come as the data set gives them: its augmentation, if it has any, applies in evaluation, too,
+    so give data sets without it where accuracy must be exact. `test` may be None: then the held-out part
+    stands for it. Raises LoadError if labels are missing or a class has one image only.
+    """
+    size = batch_size or getattr(train, "batch_size", None) or 64
+    settings = LoaderSettings(size, workers if workers is not None else getattr(train, "num_workers", 0))
+    samples = SeededSamples(_dataset(train))
+    labels = _labels(_dataset(train), samples)
+    rest, held = stratified_split(labels, holdout, _SPLIT_SEED)
+    if len(rest) < size:
+        raise LoadError(f"the training part has {len(rest)} images, fewer than one batch of {size}")
+    order = np.random.default_rng(_SPLIT_SEED).permutation(rest)
+    held_out = FileBatches(samples, held, settings)
+    tests = held_out
+    if test is not None:
+        tested = SeededSamples(_dataset(test))
+        tests = FileBatches(tested, np.arange(len(tested)), settings)
+    classes = int(labels.max()) + 1
+    return DataBundle(
+        train=FileTrainBatches(samples, rest, settings),
+        holdout=held_out,
+        calibration=FileBatches(samples, order, settings),
+        test=tests,
+        classes=classes,
+        class_names=tuple(str(i) for i in range(classes)),
+        in_chans=int(samples[0, 0][0].shape[0]),
+    )
+
+
+def _dataset(data: Any) -> Any:
+    found = data.dataset if isinstance(data, DataLoader) else data
+    if not hasattr(found, "__getitem__") or not hasattr(found, "__len__"):
+        raise ConfigError(
+            "train_data must be a data set with __getitem__ and __len__, or its DataLoader, "
+            f"got {type(data).__name__}"
+        )
+    return found
+
+
+def _labels(data: Any, samples: SeededSamples) -> IntArray:
+    known = getattr(data, "targets", None)
+    values = known if known is not None else [samples[i, 0][1] for i in range(len(samples))]
+    labels = np.asarray(values, dtype=np.int64)
+    if labels.ndim != 1 or len(labels) != len(samples) or labels.min() < 0:
+        raise LoadError("train_data needs one label of at least 0 for every image")
+    return labels
