@@ -97,6 +97,28 @@ def check(
     return 1 if broken else 0
 
 
+@app.command()
+def new(
+    name: Annotated[
+        str, typer.Argument(help="Small letters, digits and dashes: the name in --plugin or --importance.")
+    ],
+    kind: Annotated[str, typer.Option("--kind", help="What it offers: importance or plugin.")] = "importance",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder [prunus-NAME].", show_default=False)
+    ] = None,
+) -> None:
+    """Write a package of your own, ready to install: a class, its entry point, a test that runs the kit."""
+    from prunus.core.errors import ConfigError
+    from prunus.core.scaffold import scaffold
+
+    if kind not in ("importance", "plugin"):
+        raise ConfigError(f"--kind {kind!r} must be importance or plugin", key="kind")
+    folder = output or Path(f"prunus-{name}")
+    for path in scaffold(name, "importance" if kind == "importance" else "plugins", folder):
+        typer.echo(path)
+    typer.echo(f"Next: pip install -e {folder} && optimize plugins check {name}")
+
+
 def _kind_of(registry: Registry, name: str) -> Kind:
     """Which kind has that name; a direct target is looked at. Raises UnknownNameError with the nearest names."""
     from prunus.core.errors import PluginError, UnknownNameError
