@@ -156,16 +156,18 @@ def _to_onnx(program: ExportedProgram, captured: _Captured, path: Path) -> Runne
         weights = sum(tensor.nbytes for tensor in program.state_dict.values())
         exported.save(str(path), external_data=weights > _ONE_FILE)
         onnx.checker.check_model(str(path), full_check=weights <= _ONE_FILE)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors alone
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except OSError:
+        raise
     except Exception as error:
         raise TraceError(f"the model cannot be exported to ONNX: {_reason(error)}") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors alone
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    taken = [value.name for value in session.get_inputs()]
+    taken = {value.name for value in session.get_inputs()}  # an input that the model ignores is not among them
 
     def run(batch: Inputs) -> list[Tensor]:
-        feed = {name: x.numpy() for name, x in zip(taken, batch, strict=True)}
+        feed = {name: x.numpy() for name, x in zip(inputs, batch, strict=True) if name in taken}
         return [torch.from_numpy(y) for y in session.run(None, feed)]
 
     return run
@@ -175,6 +177,8 @@ def _to_archive(program: ExportedProgram, captured: _Captured, path: Path) -> Ru
     try:
         torch.export.save(program, path)
         again = torch.export.load(path).module()
+    except OSError:
+        raise
     except Exception as error:
         raise TraceError(f"the model cannot be exported as a program: {_reason(error)}") from error
     return lambda batch: _answer(again, batch)
@@ -200,8 +204,11 @@ def _name_batch(value: Any, dynamic: bool) -> None:
 
 def _compare(model: nn.Module, run: Runner, inputs: Inputs, kind: Literal["random", "real"], path: Path) -> Parity:
     expected = _answer(model, inputs)
-    with _quiet():
-        given = run(inputs)
+    try:
+        with _quiet():
+            given = run(inputs)
+    except Exception as error:  # the runtime's own
+        raise TraceError(f"{path.name} does not run on a batch of {len(inputs[0])}: {_reason(error)}") from error
     shapes, wanted = [tuple(y.shape) for y in given], [tuple(y.shape) for y in expected]
     if shapes != wanted:
         raise VerificationError(
@@ -253,10 +260,11 @@ def _reason(error: Exception) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Exporters print, warn and log; stdout belongs to --json."""
+    before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

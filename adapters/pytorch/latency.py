@@ -66,7 +66,13 @@ def measure(
     inputs = tuple(x.to(DTYPES[dtype]) if isinstance(x, Tensor) and x.is_floating_point() else x for x in example)
     samples: list[list[float]] = [[] for _ in models]
     with computing(threads), _evaluating(ready):
-        loops = [_loops(model, inputs, clock) for model in ready]
+        try:
+            loops = [_loops(model, inputs, clock) for model in ready]
+        except RuntimeError as error:
+            if dtype == "float32":
+                raise
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise ConfigError(f"the model does not run in {dtype} here: {reason}", key="dtype") from error
         for _ in range(repeats):
             for model, times, into in zip(ready, loops, samples, strict=True):
                 into.append(_timed(model, inputs, times, clock))

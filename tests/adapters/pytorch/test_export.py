@@ -146,6 +146,17 @@ def test_a_model_that_cannot_be_captured_is_one_clear_line(form: str, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+class Ignorant(nn.Module):
+    def forward(self, x: Tensor, unused: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("form", EXPORTS)
+def test_an_input_that_the_model_ignores_does_no_harm(form: str, tmp_path: Path) -> None:
+    report = EXPORTS[form](Ignorant(), (torch.randn(2, 3), torch.randn(2, 5)), tmp_path / "model")
+    assert report.max_error <= 1e-6
+
+
 class Pretender(nn.Module):
     """Another function while it is exported."""
 

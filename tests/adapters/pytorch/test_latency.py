@@ -65,6 +65,18 @@ def test_an_unknown_type_is_refused_by_name() -> None:
         measure([ZOO["resnet8"]()], EXAMPLE, dtype="float8")
 
 
+class OnlySingle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise RuntimeError("mkldnn_bf16 is not here\nand more")
+        return x
+
+
+def test_a_type_that_the_model_cannot_run_in_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match=r"^the model does not run in bfloat16 here: mkldnn_bf16 is not here$"):
+        measure([OnlySingle()], EXAMPLE, dtype="bfloat16")
+
+
 Shrink = Callable[[Mapping[str, Sequence[int]]], nn.Module]
 
 
