@@ -28,6 +28,8 @@ from prunus.core.graph import Axis, ChannelGraph
 
 POSITIONS = 64
 """Output positions of an image that a regression looks at, at most."""
+ROWS = 1 << 15
+"""Rows of a regression, at most, if that leaves one for each image."""
 WIDEST = 6000
 """Inputs of a row up to which the covariance is solved; beyond it `NARROW` rows are, by the dual system."""
 NARROW = 2048
@@ -147,7 +149,7 @@ def _dense_outputs(dense: nn.Module, layers: list[Layer], images: Tensor) -> dic
     """For each layer: the sampled positions, and the dense outputs there (rows, kept outputs)."""
     widths = [layer.pruned.weight.shape[0] for layer in layers]
     room = TARGET_MEMORY // max(images.element_size() * sum(widths), 1)
-    limit = min(POSITIONS * len(images), max(room, len(images)))
+    limit = min(POSITIONS * len(images), max(min(room, ROWS), len(images)))
     targets: dict[str, tuple[Sample, Tensor]] = {}
 
     def after(layer: Layer, seed: int) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -180,9 +182,7 @@ def _regress(layer: Layer, input: Tensor, where: Sample, wanted: Tensor, share: 
     constant = target_mean - (weights @ mean.unsqueeze(2)).squeeze(2)
     if layer.pruned.bias is not None:
         constant = constant - layer.pruned.bias.detach().to("cpu", torch.float64).view_as(constant)
-    spread = targets.double().std(0, correction=0).to("cpu").norm()
-    still = not layer.shiftable or constant.norm() <= UNCHANGED * spread
-    if weights is prior and still:
+    if weights is prior and (not layer.shiftable or _negligible(constant, targets)):
         return False
     layer.pruned.weight.data.copy_(weights.reshape(layer.pruned.weight.shape))
     layer.shift(constant.flatten())
@@ -222,6 +222,10 @@ def _from_rows(
     if odds is None and _close(x @ prior.mT, y):
         return prior, mean, target_mean
     return ridge_from_rows(x, y, prior, odds, share), mean, target_mean
+
+
+def _negligible(constant: Tensor, targets: Tensor) -> bool:
+    return bool(constant.norm() <= UNCHANGED * targets.double().std(0, correction=0).norm())
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
