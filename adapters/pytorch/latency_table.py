@@ -27,6 +27,7 @@ Shrink = Callable[[Mapping[str, Sequence[int]]], nn.Module]
 """A copy of the traced model from which everything but `keep` was physically removed."""
 
 _WIDTHS = 20
+_NARROWEST = 0.15
 _REPEATS = 5
 _CALIBRATION = 4
 _CHECKS = 4
@@ -54,9 +55,9 @@ def latency_table(
     single = tuple(x[:1] if isinstance(x, Tensor) else x for x in example)
     clock = own_clock(threads, single)
     dense = trace.graph.units
-    widths = [dense, *(random_counts(rungs, rng) for _ in range(_WIDTHS - 1))]
+    widths = [dense, *_spread(rungs, rng, _WIDTHS - 1)]
     terms = fit_terms(_timed_steps(trace, model, single, widths, threads, clock), widths)
-    whole = [dense, *(random_counts(rungs, rng) for _ in range(_CALIBRATION + _CHECKS))]
+    whole = [dense, *_spread(rungs, rng, _CALIBRATION), *_spread(rungs, rng, _CHECKS)]
     models = [model, *(shrink(_keep(kept)) for kept in whole[1:])]
     seconds = _levelled(measure(models, single, repeats=_WHOLE, threads=threads, clock=clock))
     fitted = 1 + _CALIBRATION
@@ -77,9 +78,14 @@ def latency(model: nn.Module, example: tuple[Any, ...], threads: int | None = No
     return measure([model], single, repeats=_WHOLE, threads=threads, clock=own_clock(threads, single))[0].median
 
 
-def random_counts(rungs: Sequence[Ladder], rng: np.random.Generator) -> dict[str, int]:
-    """Allowed kept counts of a random narrow model: one share for all, and each group's own deviation."""
-    share = rng.uniform(0.15, 1.0)
+def _spread(rungs: Sequence[Ladder], rng: np.random.Generator, number: int) -> list[dict[str, int]]:
+    """Random models from narrow to wide: their shares lie one in each of `number` equal parts."""
+    shares = _NARROWEST + (1 - _NARROWEST) * (np.arange(number) + rng.uniform(size=number)) / number
+    return [random_counts(rungs, rng, share) for share in shares]
+
+
+def random_counts(rungs: Sequence[Ladder], rng: np.random.Generator, share: float) -> dict[str, int]:
+    """Allowed kept counts of a random model: about `share` of every group, each with its own deviation."""
     counts: dict[str, int] = {}
     for ladder in rungs:
         wanted = ladder.counts[-1] * np.clip(share * rng.uniform(0.6, 1.4), 0, 1)
