@@ -9,21 +9,21 @@ and no proposal exceeds the budget.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 
 import numpy as np
 
 from prunus.core.allocation import global_keep
 from prunus.core.budget import Budget
 from prunus.core.cost import FloatArray, IntArray
-from prunus.core.directives import Directive, Evaluate, Note, Observation
+from prunus.core.directives import Directive, Evaluate, Note, Observation, Refit
 from prunus.core.graph import ChannelGraph
 from prunus.plugins.recovery import evaluated
 from prunus.plugins.threshnet import ThreshNet, describe
 from prunus.plugins.training_ledger import TrainingLedger
 
 _FINALISTS = 2
-"""Proposals of a round that are judged again, on more images, against equal thresholds."""
+"""Proposals, and as many perturbed keep-sets, that are judged on more images against equal thresholds."""
 
 
 def unit_masses(
@@ -77,9 +77,10 @@ class ThresholdSearch:
         reward_images: int,
         images: int,
         share: float,
+        reward_refit: Refit = "sequential",
     ) -> None:
         """`share`: proposals end once the search has used so much of the whole compute allowance."""
-        self._share = share
+        self._share, self._reward_refit = share, reward_refit
         self._net, self._rng, self._ledger = net, rng, ledger
         self._reward_images, self._images = reward_images, images
 
@@ -106,40 +107,42 @@ class ThresholdSearch:
             if self._ledger.search_share >= self._share:
                 break
             choices = self._net.sample(features, self._rng)
-            masses = unit_masses(energies, sharpness, noise, self._rng)
-            keep = global_keep(graph, budget, cut_scores(masses, self._factors(plain, choices)))
-            reward = -(yield from self._loss(graph, keep, self._reward_images))
+            keep = global_keep(graph, budget, cut_scores(plain, self._factors(plain, choices)))
+            reward = -(yield from self._loss(graph, keep, self._reward_images, self._reward_refit))
             self._net.learn(features, choices, reward)
             rewards.append(reward)
             proposals.append(keep)
         if not rewards:
             return equal
-        best = [proposals[k] for k in np.argsort(-np.array(rewards), kind="stable")[:_FINALISTS]]
         settled = self._factors(plain, self._net.best(features))
-        candidates = [equal, global_keep(graph, budget, cut_scores(plain, settled)), *best]
-        losses: list[float] = []
-        for keep in candidates:
-            losses.append((yield from self._loss(graph, keep, self._images)))
-        chosen = int(np.argmin(losses))
-        yield Note(
-            "threshold-search",
-            {
-                "round": index,
-                "rewards": rewards,
-                "entropy": self._net.entropy(features),
-                "equal_loss": losses[0],
-                "settled_loss": losses[1],
-                "best_loss": losses[chosen],
-                "accepted": ("equal", "settled", "sampled", "sampled")[chosen],
+        best = [proposals[k] for k in np.argsort(-np.array(rewards), kind="stable")[:_FINALISTS]]
+        # perturbed keep-sets are judged but do not teach: their noise drowns what thresholds change
+        perturbed = [unit_masses(energies, sharpness, noise, self._rng) for _ in range(_FINALISTS)]
+        candidates = {
+            "equal": equal,
+            "settled": global_keep(graph, budget, cut_scores(plain, settled)),
+            **{f"sampled-{k}": keep for k, keep in enumerate(best)},
+            **{
+                f"perturbed-{k}": global_keep(graph, budget, cut_scores(masses, settled))
+                for k, masses in enumerate(perturbed)
             },
-        )
-        accepted: dict[str, IntArray] = candidates[chosen]
-        return accepted
+        }
+        losses: dict[str, float] = {}
+        for name, keep in candidates.items():
+            losses[name] = yield from self._loss(graph, keep, self._images, "sequential")
+        chosen = min(losses, key=lambda name: losses[name])
+        values: dict[str, float | int | str | Sequence[float]] = {"round": index, "accepted": chosen}
+        values |= {"entropy": self._net.entropy(features), "rewards": rewards}
+        values |= {f"loss/{name}": loss for name, loss in losses.items()}
+        yield Note("threshold-search", values)
+        return candidates[chosen]
 
     def _loss(
-        self, graph: ChannelGraph, keep: Mapping[str, IntArray], images: int
+        self, graph: ChannelGraph, keep: Mapping[str, IntArray], images: int, refit: Refit
     ) -> Generator[Directive, Observation, float]:
-        answer = evaluated((yield Evaluate(within=keep, refit="sequential", images=images)))
+        # the weaker refit leaves batch-norm statistics that are wrong for what is left
+        recalibrate = refit != "sequential"
+        answer = evaluated((yield Evaluate(within=keep, refit=refit, recalibrate=recalibrate, images=images)))
         after = graph.restrict(keep)
         self._ledger.add_forward(after, answer.samples)
         self._ledger.add_refit(graph, after, images)
