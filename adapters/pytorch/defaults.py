@@ -20,8 +20,8 @@ class Recipe:
     lr: float
 
 
-DIGITS = Recipe("timm/resnet10t", epochs=12, dense_epochs=12, batch_size=64, lr=0.1)
-SMALL_IMAGES = Recipe("prunus/resnet20", epochs=6, dense_epochs=10, batch_size=128, lr=0.1)
+DIGITS = Recipe("timm/test_resnet", epochs=10, dense_epochs=20, batch_size=64, lr=0.2)
+SMALL_IMAGES = Recipe("prunus/resnet20", epochs=6, dense_epochs=10, batch_size=128, lr=0.15)
 IMAGES = Recipe("timm/resnet18", epochs=10, dense_epochs=90, batch_size=64, lr=0.05)
 
 
