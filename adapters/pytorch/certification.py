@@ -81,7 +81,7 @@ class _Probe:
         pruned = structural_copy(self._model)
         try:
             remove(pruned, graph, keep, self._bindings.edits(graph.units, counts))
-            compare(pruned, self._trace, state_of(self._model), keep, self._args)
+            compare(pruned, self._trace, state_of(self._model), keep, self._args, bare=self._model)
         except PrunusError as error:
             return str(error)
         except Exception as error:  # the model's own code, with sizes it does not expect

@@ -6,13 +6,15 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from prunus.adapters.pytorch.tracing import Trace
+from prunus.adapters.pytorch.structural_copy import with_tensors
+from prunus.adapters.pytorch.tracing import Trace, masked_call
 from prunus.core.directives import Verification
 from prunus.core.errors import VerificationError
 from prunus.core.graph import Keep
@@ -28,18 +30,20 @@ def compare(
     keep: Keep,
     args: tuple[Any, ...],
     *,
+    bare: nn.Module,
     tolerance: float = TOLERANCE,
 ) -> Verification:
     """The difference between `pruned` in eval mode and the masked reference, on `args`.
 
     `tensors` is the state (parameters and buffers) of the traced model before the removal, `keep` the
-    units that stay. A difference beyond `tolerance` is looked at again in float64, where the model runs
-    in it; one that remains raises VerificationError.
+    units that stay, `bare` the traced model, with or without weights. A difference beyond `tolerance` is
+    looked at again in float64, where the model runs in it; one that remains raises VerificationError.
     """
     whole = {group: keep.get(group, range(units)) for group, units in trace.graph.units.items()}
-    worst = _measured(pruned, trace, tensors, whole, args)
+    reference = _Reference(trace, bare, tensors, whole)
+    worst = _measured(pruned, reference, args)
     if not _relative(worst) <= tolerance:
-        worst = _in_double(pruned, trace, tensors, whole, args) or worst
+        worst = _in_double(pruned, reference, args) or worst
     error, scale = worst
     if not _relative(worst) <= tolerance:
         raise VerificationError(
@@ -65,29 +69,35 @@ Worst = tuple[float, float]
 """Largest absolute difference of the worst output, and that output's largest absolute value."""
 
 
-def _measured(
-    pruned: nn.Module,
-    trace: Trace,
-    tensors: Mapping[str, Tensor],
-    keep: Mapping[str, Any],
-    args: tuple[Any, ...],
-) -> Worst:
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """The masked original."""
+
+    trace: Trace
+    bare: nn.Module
+    tensors: Mapping[str, Tensor]
+    keep: Mapping[str, Any]
+
+    def output(self, args: tuple[Any, ...]) -> Any:
+        """From the captured program; from the Python code where the program is true for one input alone."""
+        if not self.trace.program.concrete:
+            return self.trace.masked_output(self.tensors, self.keep, args)
+        return masked_call(with_tensors(self.bare, self.tensors), self.trace.graph, self.keep, args)
+
+    def double(self) -> _Reference:
+        return _Reference(self.trace, copy.deepcopy(self.bare).double(), _double(self.tensors), self.keep)
+
+
+def _measured(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst:
     with torch.no_grad(), evaluating(pruned):
         got = pruned(*args)
-        expected = trace.masked_output(tensors, keep, args)
-    return distance(got, expected)
+    return distance(got, reference.output(args))
 
 
-def _in_double(
-    pruned: nn.Module,
-    trace: Trace,
-    tensors: Mapping[str, Tensor],
-    keep: Mapping[str, Any],
-    args: tuple[Any, ...],
-) -> Worst | None:
+def _in_double(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst | None:
     """The same in float64; None for a model that insists on float32 somewhere."""
     try:
-        return _measured(copy.deepcopy(pruned).double(), trace, _double(tensors), keep, _double(args))
+        return _measured(copy.deepcopy(pruned).double(), reference.double(), _double(args))
     except RuntimeError:
         return None
 

@@ -14,6 +14,7 @@ from prunus.adapters.pytorch.comparison import TOLERANCE, compare, state_of
 from prunus.adapters.pytorch.equal_counts import reconcile
 from prunus.adapters.pytorch.handlers import handled_name, install_handlers, needed
 from prunus.adapters.pytorch.inputs import InputSpec
+from prunus.adapters.pytorch.structural_copy import skeleton
 from prunus.adapters.pytorch.tracing import Trace, trace_model
 from prunus.core.directives import Verification
 from prunus.core.graph import ChannelGraph, Keep
@@ -28,6 +29,8 @@ class Prepared:
     """`bindings.edits(counts before, counts after)`: the attributes that follow."""
     handlers: Mapping[str, str]
     """module -> the handler it runs; belongs into every plan of this model."""
+    bare: nn.Module
+    """The prepared model without weights: the reference where tracing is true for one input alone."""
 
     @property
     def graph(self) -> ChannelGraph:
@@ -51,7 +54,7 @@ def prepare(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certi
     trace.graph = reconcile(trace.graph, bindings.conflicts)
     if certified:
         trace.graph = certify(model, trace, bindings, one)
-    return Prepared(trace, bindings, handlers)
+    return Prepared(trace, bindings, handlers, skeleton(model))
 
 
 def verify(
@@ -72,7 +75,7 @@ def verify(
     if isinstance(inputs, InputSpec):
         inputs = inputs.example(2)
     args = inputs if isinstance(inputs, tuple) else (inputs,)
-    return compare(pruned, prepared.trace, tensors, keep, args, tolerance=tolerance)
+    return compare(pruned, prepared.trace, tensors, keep, args, bare=prepared.bare, tolerance=tolerance)
 
 
 __all__ = ["Prepared", "prepare", "state_of", "verify"]

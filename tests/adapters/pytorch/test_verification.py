@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prunus.adapters.pytorch.certification import random_keep
 from prunus.adapters.pytorch.comparison import copied_state, distance
 from prunus.adapters.pytorch.inputs import InputSpec
+from prunus.adapters.pytorch.structural_copy import skeleton, with_tensors
 from prunus.adapters.pytorch.surgery import remove
 from prunus.adapters.pytorch.verification import Prepared, prepare, state_of, verify
 from prunus.core.errors import VerificationError
@@ -124,3 +125,39 @@ def test_distance_is_infinite_where_outputs_cannot_be_compared() -> None:
     assert distance([a, a], [a]) == (float("inf"), 0.0)
     assert distance(a[:1], a) == (float("inf"), 0.0)
     assert distance(a * float("nan"), a)[0] == float("inf")
+
+
+class Selecting(nn.Module):
+    """Asks for values, as detection models do: what was captured for one input is not true for another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(self.stem(x).relu())
+        kept = torch.nonzero(x[0, 0].flatten() > 0)[:, 0]
+        return x.flatten(2)[:, :, kept.tolist()]
+
+
+def test_a_model_that_selects_by_value_is_compared_through_its_python_code(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Selecting().eval()
+    prepared = prepare(model, images)
+    assert prepared.trace.program.concrete
+    keep = {"stem.weight": [0, 3, 4, 6]}
+    pruned = copy.deepcopy(model)
+    remove(pruned, prepared.graph, keep)
+    assert verify(pruned, prepared, copied_state(model), keep, images).scale > 0
+    with torch.no_grad():
+        pruned.stem.weight.copy_(pruned.stem.weight.flip(0))
+    with pytest.raises(VerificationError):
+        verify(pruned, prepared, copied_state(model), keep, images)
+
+
+def test_a_skeleton_takes_no_memory_and_becomes_the_model_again(net: Net, images: Tensor) -> None:
+    bare = skeleton(net.eval())
+    assert all(parameter.is_meta for parameter in bare.parameters())
+    with torch.no_grad():
+        assert torch.equal(with_tensors(bare, state_of(net))(images), net(images))
+    assert all(parameter.is_meta for parameter in bare.parameters())
