@@ -114,7 +114,7 @@ def _session_of(
 ) -> PyTorchSession:
     if example_inputs is None:
         raise ConfigError("a module needs example_inputs: a tensor, or the tuple of its arguments")
-    inputs = GivenInputs(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
+    inputs = GivenInputs.of(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
     name = f"object:{type(model).__module__}.{type(model).__qualname__}"
     settings = filled(settings.model_copy(update={"model": name}))
     bundle = None

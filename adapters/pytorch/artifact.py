@@ -61,7 +61,7 @@ def read_plan(folder: Path) -> PruningPlan:
 
 
 def save_artifact(
-    folder: Path, model: nn.Module, plan: PruningPlan, build: Builder, example: torch.Tensor
+    folder: Path, model: nn.Module, plan: PruningPlan, build: Builder, example: tuple[Any, ...]
 ) -> None:
     """Write `model` (the pruned one) and `plan` into `folder`, load them again and compare the outputs.
 

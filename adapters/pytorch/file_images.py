@@ -27,6 +27,10 @@ _Ticket = tuple[int, int]
 """(index of the image, seed of its augmentation)"""
 
 
+Tickets = Dataset[tuple[Tensor, int]]
+"""A data set that is indexed by tickets."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoaderSettings:
     batch_size: int
@@ -92,7 +96,7 @@ class FileImages(Dataset[tuple[Tensor, int]]):
 class FileBatches:
     """Unaugmented batches, in a fixed order."""
 
-    def __init__(self, data: FileImages, order: IntArray, settings: LoaderSettings) -> None:
+    def __init__(self, data: Tickets, order: IntArray, settings: LoaderSettings) -> None:
         self._data, self._order, self._settings = data, order, settings
 
     @property
@@ -111,7 +115,7 @@ class FileBatches:
 class FileTrainBatches:
     """Batches augmented as timm does for training: random resized crop, mirror, colour jitter."""
 
-    def __init__(self, data: FileImages, indices: IntArray, settings: LoaderSettings) -> None:
+    def __init__(self, data: Tickets, indices: IntArray, settings: LoaderSettings) -> None:
         self._data, self._indices, self._settings = data, indices, settings
 
     @property
@@ -133,7 +137,7 @@ class FileTrainBatches:
         )
 
 
-def _load(data: FileImages, batches: Sequence[Sequence[_Ticket]], settings: LoaderSettings) -> Iterator[Batch]:
+def _load(data: Tickets, batches: Sequence[Sequence[_Ticket]], settings: LoaderSettings) -> Iterator[Batch]:
     # the loader's own generator: building one must not draw from the global random numbers
     loader = DataLoader(
         data,

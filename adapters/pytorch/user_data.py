@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from prunus.adapters.pytorch.batches import DataBundle, stratified_split
 from prunus.adapters.pytorch.file_images import FileBatches, FileTrainBatches, LoaderSettings, seeded
+from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.core.cost import IntArray
 from prunus.core.errors import ConfigError, LoadError
 
@@ -19,18 +20,17 @@ _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
-class GivenInputs:
-    """Stands for `InputSpec` where the user gave example inputs instead of a size."""
+class GivenInputs(InputSpec):
+    """Inputs that the user gave as an example; nothing is known of their normalisation."""
 
-    args: tuple[Any, ...]
+    args: tuple[Any, ...] = ()
 
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the first tensor, as far as it has them."""
-        first = next((x for x in self.args if isinstance(x, Tensor)), None)
-        shape = tuple(first.shape[1:]) if first is not None else ()
-        padded = (*shape, 1, 1, 1)
-        return padded[0], padded[1], padded[2]
+    @classmethod
+    def of(cls, args: tuple[Any, ...]) -> GivenInputs:
+        """Its size is that of the first tensor's samples, as far as it has (channels, height, width)."""
+        first = next((x for x in args if isinstance(x, Tensor)), None)
+        channels, height, width = (*(tuple(first.shape[1:]) if first is not None else ()), 1, 1, 1)[:3]
+        return cls((channels, height, width), mean=(), std=(), args=args)
 
     def example(self, batch: int = 2, seed: int = 0) -> tuple[Any, ...]:
         """The given inputs; with another seed, noise of their shape and spread. The batch is as given."""
