@@ -98,7 +98,7 @@ def _typed(text: str) -> Any:
         return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return [part.strip() for part in text.split(",")] if "," in text else text
 
 

@@ -147,12 +147,12 @@ def read_file(path: Path, source: str) -> tuple[Entry, ...]:
         parsed = _File.model_validate(tomllib.loads(path.read_text("utf-8")))
     except OSError as error:
         raise ConfigError(f"registry file {path} cannot be read: {error.strerror}", key="registry") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"registry file {path} is not TOML: {error}", key="registry") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"registry file {path}, {where}: {first['msg']}", key="registry") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"registry file {path} is not TOML: {str(error)[:200]}", key="registry") from None
     tables: dict[Kind, dict[str, _Row]] = {
         "adapters": parsed.adapters,
         "importance": parsed.importance,

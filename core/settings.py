@@ -15,6 +15,7 @@ from prunus.core.errors import ConfigError
 from prunus.core.plugin_settings import first_problem, parse_assignments
 from prunus.core.toml_text import to_toml
 
+_MAX_BYTES = 2**20
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
@@ -133,11 +134,15 @@ def make_settings(values: Mapping[str, Any]) -> RunSettings:
 def read_settings(path: Path) -> dict[str, Any]:
     """The tables of a run.toml, not yet validated. Raises ConfigError if it cannot be."""
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path} is larger than the {_MAX_BYTES} bytes allowed", key="config")
         return tomllib.loads(path.read_text("utf-8"))
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", key="config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}", key="config") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not TOML: {str(error)[:200]}", key="config") from None
 
 
 def _fields() -> list[tuple[str, Any]]:
