@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from prunus.adapters.pytorch.tracing.labelling import Labelling, RoleMark
-from prunus.adapters.pytorch.tracing.program import Shape, Step
+from prunus.adapters.pytorch.tracing.program import Step
 from prunus.adapters.pytorch.tracing.variables import TRUE
 from prunus.core.cost import Extent, IntArray
 from prunus.core.graph import Axis, ChannelGroup, Role, Slice
@@ -27,9 +27,8 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 class Grouping:
     """The partition of leaves into groups, and everything that is read off it."""
 
-    def __init__(self, labelling: Labelling, shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, labelling: Labelling) -> None:
         self._labelling = labelling
-        self._shapes = shapes
         self._variables = labelling.variables
         self._tables: dict[int, tuple[IntArray, IntArray]] = {}
         self._axes: dict[Axis, IntArray] = {
@@ -147,7 +146,7 @@ class Grouping:
 
     def _plain_extent(self, leaves: IntArray) -> Extent:
         groups = self._group_of[leaves]
-        groups = np.where((leaves == TRUE) | self._locked[groups], self._count, groups)
+        groups = np.where((groups < 0) | self._locked[groups], self._count, groups)
         counts = np.bincount(groups, minlength=self._count + 1)
         terms = [
             (int(counts[g] // self._units[g]), (self._names[g],))

@@ -36,10 +36,6 @@ class Step:
         assert isinstance(self.shapes, tuple), f"{self.op} has no single tensor result"
         return self.shapes
 
-    @property
-    def overload(self) -> str:
-        return str(getattr(self.target, "_overloadname", ""))
-
     def inputs(self) -> Iterator[Step]:
         """The steps this one reads, in the order of its arguments."""
         for value in self.arguments.values():

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from prunus.adapters.pytorch.tracing.program import Step, operator_name
+from prunus.core.errors import TraceError
 
 
 class Recorder(ProxyTorchDispatchMode):
@@ -81,7 +83,9 @@ class Recorder(ProxyTorchDispatchMode):
                 known = self.source("tensor", self._names[id(value)], value)
             elif known is None:
                 name = f"constant_{len(self.constants)}"
-                self.constants[name] = value.detach()
+                if isinstance(value, FakeTensor):
+                    raise TraceError("a tensor was made out of the recorder's sight; real tensors are needed")
+                self.constants[name] = value
                 known = self.source("constant", name, value)
             return known
         if isinstance(value, list | tuple):

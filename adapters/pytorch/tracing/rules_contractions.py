@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunus.adapters.pytorch.tracing.labelling import Label, Labelling, Labels, extent_of, operators, rule, short
+from prunus.adapters.pytorch.tracing.labelling import (
+    RULES,
+    Label,
+    Labelling,
+    Labels,
+    extent_of,
+    operators,
+    rule,
+    short,
+)
 from prunus.adapters.pytorch.tracing.program import Step
 
 
@@ -188,7 +197,9 @@ def statistic(t: Labelling, s: Step) -> Any:
 
 @rule(*operators("max min argmax argmin topk sort argsort median prod any all mode kthvalue"))
 def ranked(t: Labelling, s: Step) -> Any:
-    """Positions along the axis come out, so it cannot shrink."""
+    """Positions along the axis come out, so it cannot shrink; the larger of two tensors is taken by entries."""
+    if "other" in s.arguments:
+        return RULES["aten.maximum"](t, s)
     labels: Labels = t.of(s.arguments["self"])
     axes = _axes(s, len(labels))
     for axis in axes:

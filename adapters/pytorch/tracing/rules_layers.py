@@ -132,6 +132,16 @@ def _reduces(s: Step, axis: int) -> bool:
     return axis > 1 or s.op == "aten.batch_norm"
 
 
+@rule("aten._weight_norm")
+def weight_norm(t: Labelling, s: Step) -> Labels:
+    """Direction and length of a weight: its norm runs over all axes but one."""
+    direction, length, axis = s.arguments["v"], s.arguments["g"], s.arguments["dim"]
+    labels: Labels = list(t.of(direction))
+    labels[axis] = t.same(s, labels[axis], t.of(length)[axis])
+    t.statistic(s, *(ids for other, ids in enumerate(labels) if other != axis))
+    return labels
+
+
 @rule("aten.layer_norm", "aten.rms_norm")
 def layer_norm(t: Labelling, s: Step) -> Labels:
     x, sizes = s.arguments["input"], s.arguments["normalized_shape"]

@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from prunus.adapters.pytorch.tracing.labelling import Label, Labelling, Labels, operators, rule
-from prunus.adapters.pytorch.tracing.program import Step, steps_in
+from prunus.adapters.pytorch.tracing.program import Step
 
 UNARY = operators(
-    "abs acos acosh alpha_dropout asin asinh atan atanh bernoulli bitwise_not ceil celu clamp "
-    "clamp_max clamp_min clip clone contiguous conj cos cosh deg2rad detach dropout elu erf erfc "
-    "erfinv exp exp2 expm1 fill feature_dropout fix floor frac gelu hardshrink hardsigmoid hardswish "
-    "hardtanh isfinite isinf isnan leaky_relu lgamma lift_fresh_copy log log10 log1p log2 log_sigmoid "
-    "logical_not logit mish nan_to_num neg negative positive rad2deg reciprocal relu relu6 round "
-    "rrelu rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square "
-    "tan tanh threshold to trunc type_as zero alias _to_copy bfloat16 half float double tanhshrink "
-    "lift_fresh rand_like randn_like zeros_like ones_like full_like empty_like uniform normal "
-    "native_dropout"
+    "abs acos acosh alpha_dropout asin asinh atan atanh bernoulli bitwise_not ceil celu clone "
+    "contiguous conj cos cosh deg2rad detach dropout elu erf erfc erfinv exp exp2 expm1 fill "
+    "feature_dropout fix floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf "
+    "isnan leaky_relu lgamma lift_fresh_copy log log10 log1p log2 log_sigmoid logical_not logit mish "
+    "neg negative positive rad2deg reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid sign silu "
+    "sin sinc sinh softplus softshrink softsign sqrt square tan tanh threshold to trunc type_as zero "
+    "alias _to_copy bfloat16 half float double tanhshrink lift_fresh rand_like randn_like zeros_like "
+    "ones_like full_like empty_like uniform normal native_dropout"
 )
 
 BINARY = operators(
@@ -24,7 +23,7 @@ BINARY = operators(
     "fmin eq ne lt le gt ge not_equal greater less less_equal greater_equal logical_and logical_or "
     "logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__ remainder fmod atan2 hypot "
     "lerp masked_fill addcmul addcdiv copy float_power xlogy heaviside __iand__ __ior__ "
-    "binary_cross_entropy_with_logits"
+    "binary_cross_entropy_with_logits clamp clamp_max clamp_min clip nan_to_num"
 )
 
 
@@ -119,8 +118,3 @@ def glu(t: Labelling, s: Step) -> Labels:
 def nothing(t: Labelling, s: Step) -> Any:
     """Checks and mode switches say nothing about axes."""
     return t.free(s)
-
-
-def tensors_of(value: Any) -> list[Step]:
-    """The tensor operands in a list argument."""
-    return [x for x in steps_in(value) if isinstance(x.shapes, tuple)]

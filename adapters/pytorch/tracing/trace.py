@@ -103,7 +103,7 @@ def trace_model(
         _label_training(labelling, model, args, kwargs, floating)
         labelling.literals, labelling.multiplications = literals, multiplications
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    grouping = Grouping(labelling, shapes)
+    grouping = Grouping(labelling)
     sliced = {piece.tensor for group in grouping.groups for piece in group.slices}
     graph = ChannelGraph(
         grouping.groups,

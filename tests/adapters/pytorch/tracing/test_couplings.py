@@ -351,7 +351,28 @@ class PReLU(Net):
         return self.norm(self.act(x))
 
 
+class WeightNormed(Net):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(12, 9, 3))
+        self.b = nn.Conv2d(9, 12, 3)
+
+    def middle(self, x):
+        return self.b(F.relu(self.a(x)))
+
+
+class Maximum(Net):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = unit(12, 12), unit(12, 12)
+
+    def middle(self, x):
+        return torch.max(self.a(x), self.b(x)).clamp(max=2.0)
+
+
 CONVOLUTIONAL = {
+    "weight norm": WeightNormed,
+    "the larger of two maps": Maximum,
     "a residual stream": Residual,
     "a flattened map": Flatten,
     "grouped convolution": Grouped,
