@@ -11,6 +11,8 @@ import typer
 from prunus.core.streams import stdout_for_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from prunus.core.run_folder import RunFolder
     from prunus.core.settings import RunSettings
 
@@ -205,23 +207,30 @@ def _run(settings: RunSettings, folder: RunFolder, registry: Any, *, resume: boo
 
     from prunus.core import pruning
     from prunus.core.display import RunDisplay
+    from prunus.core.errors import TrainingError
 
     console = Console(stderr=True)
     try:
         with RunDisplay(console) as display:
             return pruning.prune(settings, folder, registry, display, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
-        if (folder.journal / "head.json").exists():
-            console.print(f"stopped; continue with: optimize prune --resume {folder.path}", highlight=False)
+        _tell(console, folder, f"stopped; continue with: optimize prune --resume {folder.path}")
         raise
     except OSError as error:
-        if (folder.journal / "head.json").exists():
-            console.print(
-                f"{error.strerror or error}; what was done is safe. Make room and continue with: optimize prune "
-                f"--resume {folder.path}",
-                highlight=False,
-            )
+        again = f"optimize prune --resume {folder.path}"
+        _tell(console, folder, f"{error.strerror or error}; what was done is safe. Make room, then: {again}")
         raise
+    except TrainingError:
+        _tell(
+            console, folder, f"the last good state is kept in {folder.checkpoints}; start again with a lower --lr"
+        )
+        raise
+
+
+def _tell(console: Console, folder: RunFolder, text: str) -> None:
+    """One line about a run that did not end, if it had begun."""
+    if (folder.journal / "head.json").exists():
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _print_schema() -> int:

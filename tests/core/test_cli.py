@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from prunus.core.cli import run
+from prunus.core.run_lock import RunLock
 
 SIMULATED = '[adapters.simulated]\ntarget = "prunus.core.testing.simulated_session:open_session"\n'
 
@@ -238,6 +239,14 @@ def test_a_run_of_other_settings_does_not_continue(optimize: Optimize, tmp_path:
     assert "belongs to another model" in done.err
 
 
+def test_a_folder_in_use_is_refused(optimize: Optimize) -> None:
+    optimize("prune", "--plugin", "one-shot", "--output", "runs/a")
+    with RunLock(Path("runs/a")):
+        done = optimize("prune", "--resume", "runs/a")
+    assert done.code == 1
+    assert f"in use by another process (pid {os.getpid()})" in done.err
+
+
 def test_evaluate_loads_the_finished_run_and_finds_its_accuracy(optimize: Optimize) -> None:
     pruned = optimize("prune", "--plugin", "one-shot", "--epochs", "0", "--output", "runs/a", "--json").json
     facts = optimize("evaluate", "runs/a", "--json").json
@@ -310,9 +319,9 @@ def test_the_schema_of_run_toml_can_be_printed(optimize: Optimize) -> None:
 MAIN = "import sys; from prunus.core.cli import main; main()"
 
 
-def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
+def _start(folder: Path, *words: str, before: str = "") -> subprocess.Popen[str]:
     (folder / "registry.toml").write_text(SIMULATED)
-    command = [sys.executable, "-c", MAIN, "prune", "--registry", "registry.toml", *words]
+    command = [sys.executable, "-c", before + MAIN, "prune", "--registry", "registry.toml", *words]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -352,3 +361,17 @@ def test_a_run_that_is_killed_or_interrupted_resumes_to_the_same_plan(
         json.loads((folder / "runs" / "a" / "report.json").read_text())["pruned"] for folder in (whole, broken)
     ]
     assert sizes[0] == sizes[1]
+
+
+def test_a_disk_that_is_full_ends_in_one_line_and_the_run_resumes(tmp_path: Path) -> None:
+    """The limit on file sizes lets the journal begin and stops the first checkpoint."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+    full = _start(tmp_path, *_NEW, "--output", "runs/a", before=limit)
+    out, err = full.communicate(timeout=120)
+    assert (full.returncode, out) == (1, "")
+    assert "Traceback" not in err
+    assert "what was done is safe" in err
+    assert not list((tmp_path / "runs" / "a").rglob("*.tmp"))
+    resumed = _start(tmp_path, "--resume", "runs/a", "--json")
+    out, _ = resumed.communicate(timeout=120)
+    assert json.loads(out)["target_met"]
