@@ -39,7 +39,7 @@ class _Part:
     group: str
     unit_of: IntArray
     members: IntArray | None
-    """(units, r): each unit's indices, if every unit has equally many and more than one."""
+    """(units, r): each unit's indices, if covariances are known and every unit has equally many, more than one."""
     gram: FloatArray | None
     """(units, r, r): sum of w w^T over outputs and taps, beside `members`."""
 
@@ -80,8 +80,9 @@ class Energies:
             weight = signals.read(Signal.WEIGHT, tensor)
             every = np.arange(weight.shape[axis], dtype=np.int64)
             norms = power_sum(weight, Slice(tensor, axis, "reads", every), len(every))
-            parts = tuple(_part(g, p, weight, self._units[g]) for g, p in mine)
-            self._readers.append(_Reader(norms, self._spread(signals, tensor, len(every)), parts))
+            spread = self._spread(signals, tensor, len(every))
+            parts = tuple(_part(g, p, weight, self._units[g], blocks=spread.ndim == 2) for g, p in mine)
+            self._readers.append(_Reader(norms, spread, parts))
             read |= {g for g, _ in mine}
         for name in self._units.keys() - read:
             self._fixed[name] = _writers_energy(graph, name, signals)
@@ -114,10 +115,10 @@ class Energies:
         return totals
 
 
-def _part(group: str, piece: Slice, weight: FloatArray, units: int) -> _Part:
+def _part(group: str, piece: Slice, weight: FloatArray, units: int, *, blocks: bool) -> _Part:
     owned = np.flatnonzero(piece.unit_of >= 0)
     sizes = np.bincount(piece.unit_of[owned], minlength=units)
-    if sizes.max() == 1 or sizes.min() != sizes.max():
+    if not blocks or sizes.max() == 1 or sizes.min() != sizes.max():
         return _Part(group, piece.unit_of, None, None)
     members = owned[np.argsort(piece.unit_of[owned], kind="stable")].reshape(units, -1)
     rows = unit_rows(weight, piece, units).reshape(units, members.shape[1], -1)

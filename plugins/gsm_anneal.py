@@ -23,7 +23,7 @@ from pydantic import Field
 from prunus.core.allocation import best_units, global_keep, ladders, raise_if_unreachable
 from prunus.core.budget import Budget
 from prunus.core.cost import FloatArray, IntArray
-from prunus.core.directives import Directive, Grow, Measure, Note, Observation, Remove, Train
+from prunus.core.directives import Directive, Grow, Measure, Note, Observation, Remove
 from prunus.core.errors import ConfigError, PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.importance import PluginConfig
@@ -33,7 +33,7 @@ from prunus.core.signals import Signal
 from prunus.plugins.annealing import Lattice, mean_entropy
 from prunus.plugins.energies import SIGNALS, Energies, Source
 from prunus.plugins.ranking import signals_of
-from prunus.plugins.recovery import RecoveryConfig, can_train, changed, recover, removal
+from prunus.plugins.recovery import RecoveryConfig, can_train, changed, gentle, recover, removal
 from prunus.plugins.scale_mixture import Coefficients, coefficients
 
 LONG = 20.0
@@ -75,8 +75,8 @@ class GsmAnnealConfig(RecoveryConfig):
     """Pieces of the ladder; None is 1 below 20 epochs and 3 from there on."""
     round_share: float = Field(default=0.2, ge=0, le=1)
     """Share of all epochs that is spent in rounds, gated; the rest recovers."""
-    round_lr: float = Field(default=0.02, gt=0)
-    """Peak learning rate of the rounds."""
+    round_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the rounds; None is the tail of the run's own cycle, a fifth of its peak to 0."""
     vanish: float = Field(default=0.02, gt=0, lt=0.5)
     """Units below this probability are removed at the end of a round."""
     decay: float = Field(default=5e-4, ge=0)
@@ -175,13 +175,8 @@ def _round(
     if can_train(task, epochs):
         rates = (yield from _measured(task, config, search))[1].decay(config.decay)
         search.gates = dict(search.probabilities)
-        yield Train(
-            epochs=epochs,
-            lr=config.round_lr,
-            gates=search.gates,
-            decay=rates,
-            label=f"anneal {k} of {rounds}",
-        )
+        label = f"anneal {k} of {rounds}"
+        yield gentle(epochs, config.round_lr, label, gates=search.gates, decay=rates)
 
 
 def _settle(

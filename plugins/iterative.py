@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from prunus.core.directives import Directive, Observation, Train
+from prunus.core.directives import Directive, Observation
 from prunus.core.importance import PluginConfig
 from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 from prunus.plugins.ranking import Scope, choose, rank
-from prunus.plugins.recovery import RecoveryConfig, can_train, changed, recover, removal
+from prunus.plugins.recovery import RecoveryConfig, can_train, changed, gentle, recover, removal
 
 
 class IterativeConfig(RecoveryConfig):
@@ -22,8 +22,8 @@ class IterativeConfig(RecoveryConfig):
     """Rounds, at budgets that fall geometrically from the whole model to the target."""
     between: float = Field(default=0.4, ge=0, le=1)
     """Share of all epochs that is spent between rounds; the rest trains the final model."""
-    round_lr: float = Field(default=0.01, gt=0)
-    """Peak learning rate between rounds; a high one undoes what the refit kept."""
+    round_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate between rounds; None is the tail of the run's own cycle, a fifth of its peak to 0."""
 
 
 class Iterative(PruningPolicy):
@@ -44,6 +44,6 @@ class Iterative(PruningPolicy):
             result = changed((yield removal(task, config, keep)))
             graph = result.graph
             if k < rounds and can_train(task, pause):
-                yield Train(epochs=pause, lr=config.round_lr, label=f"round {k} of {rounds}")
+                yield gentle(pause, config.round_lr, f"round {k} of {rounds}")
         yield from recover(task, config, task.epochs - pause * (rounds - 1))
         return result.plan

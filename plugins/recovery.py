@@ -13,6 +13,7 @@ from prunus.core.directives import (
     Distillation,
     Evaluate,
     Evaluated,
+    Gates,
     Note,
     Observation,
     Refit,
@@ -55,6 +56,21 @@ def removal(task: PruningTask, config: RecoveryConfig, keep: Keep) -> Remove:
     # the held-out loss needs labels
     recalibrate = better if task.has_labels or better != "if-better" else "no"
     return Remove(keep=keep, refit=config.refit, recalibrate=recalibrate, images=config.images)
+
+
+TAIL = 0.75
+"""Where in the run's own learning-rate cycle a training between removals begins: a fifth of the peak, to 0."""
+
+
+def gentle(
+    epochs: float, lr: float | None, label: str, *, gates: Gates | None = None, decay: Gates | None = None
+) -> Train:
+    """A training between removals: a high rate would undo what the refit kept (methods, section 0).
+
+    Without `lr` it is the tail of the run's cycle, whatever the optimizer and its rate are.
+    """
+    start = TAIL if lr is None else 0.0
+    return Train(epochs=epochs, lr=lr, start=start, gates=gates, decay=decay, label=label)
 
 
 def can_train(task: PruningTask, epochs: float) -> bool:

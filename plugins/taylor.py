@@ -19,11 +19,16 @@ class TaylorConfig(PluginConfig):
 
 
 class Taylor(ImportanceEstimator):
-    """How much the loss changes, to first order, when a unit's gate closes: |dLoss/dgate * (1 - 0)|."""
+    """How much the loss changes, to first order, when a unit's gate closes: |dLoss/dgate * (1 - 0)|.
+
+    All groups share the loss's unit, yet policies divide by the group's mean: one ranking of the raw figures
+    leaves stages at their floors (ResNet-14, Fashion-MNIST, 10% of the MACs, sequential refit, no training:
+    45.5% raw, 80.3% divided).
+    """
 
     Config: ClassVar[type[PluginConfig]] = TaylorConfig
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.GATE_GRADIENT, Signal.GATE_FISHER})
-    comparable_across_groups: ClassVar[bool] = True
+    comparable_across_groups: ClassVar[bool] = False
 
     def score(self, group: ChannelGroup, signals: SignalReader) -> FloatArray:
         """(units,): in units of the loss; gates of a group act on all layers that read it."""

@@ -198,7 +198,7 @@ def test_rounds_train_under_gates_that_are_folded_when_units_go() -> None:
     _, transcript = run(epochs=10.0, rounds=3, round_share=0.3)
     gated = [t for t in transcript.of(Train) if t.gates is not None]
     assert len(gated) == 2
-    assert all(t.lr == 0.02 and t.decay is not None for t in gated)
+    assert all(t.lr is None and t.start == 0.75 and t.decay is not None for t in gated)
     assert transcript.of(Train)[-1].gates is None
     removals = transcript.of(Remove)
     assert removals[0].gates is None and removals[-1].gates is not None

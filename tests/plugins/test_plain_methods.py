@@ -79,7 +79,8 @@ def test_the_iterative_method_spends_its_epochs_and_no_more() -> None:
         Train
     )
     assert sum(t.epochs for t in trained) == pytest.approx(10.0)
-    assert [t.lr for t in trained[:-1]] == [config.round_lr] * 3
+    # between rounds the run's cycle ends, after the last it begins anew
+    assert [(t.lr, t.start) for t in trained] == [(None, 0.75)] * 3 + [(None, 0.0)]
     assert trained[-1].epochs == pytest.approx(7.0)
 
 
