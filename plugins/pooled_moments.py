@@ -13,12 +13,21 @@ MOMENTS = frozenset({Signal.ACTIVATION_MEAN, Signal.ACTIVATION_VARIANCE, Signal.
 
 
 class PooledMoments:
-    """Means and centred covariances of equal folds, merged into those of all images."""
+    """Means and centred covariances of equal folds, merged into those of all images.
+
+    Few images make every input of a wide reader look like a combination of the others, so off-diagonals are
+    shrunk towards 0 by the share of them that is noise: rho = sum Var(c_ij) / sum c_ij^2 over i != j, the
+    optimum of Ledoit & Wolf (2004) for a diagonal target (Schaefer & Strimmer 2005), with the variance of
+    the mean of the folds taken from the folds themselves, on the scale of correlations.
+    """
 
     def __init__(self) -> None:
         self._folds = 0
         self._mean: dict[str, FloatArray] = {}
         self._second: dict[str, FloatArray] = {}
+        self._scale: dict[str, FloatArray] = {}
+        self._correlation: dict[str, FloatArray] = {}
+        self._squares: dict[str, float] = {}
         self.without_covariance: set[str] = set()
 
     def add(self, graph: ChannelGraph, reader: SignalReader) -> dict[str, FloatArray]:
@@ -28,6 +37,7 @@ class PooledMoments:
         for tensor, _ in reading_axes(graph):
             if reader.has(Signal.ACTIVATION_COVARIANCE, tensor):
                 moments[tensor] = reader.read(Signal.ACTIVATION_COVARIANCE, tensor)
+                self._add_correlation(tensor, moments[tensor])
             else:
                 self.without_covariance.add(tensor)
                 if not reader.has(Signal.ACTIVATION_VARIANCE, tensor):
@@ -39,8 +49,36 @@ class PooledMoments:
         return moments
 
     def moments(self) -> dict[str, FloatArray]:
+        """Of all folds together; covariances shrunk."""
         n = self._folds
-        return {t: second / n - _square(self._mean[t] / n, second) for t, second in self._second.items()}
+        pooled = {}
+        for tensor, second in self._second.items():
+            moment = second / n - _square(self._mean[tensor] / n, second)
+            if moment.ndim == 2:
+                diagonal = np.diag(moment).copy()
+                moment *= 1.0 - self.noise_share(tensor)
+                np.fill_diagonal(moment, diagonal)
+            pooled[tensor] = moment
+        return pooled
+
+    def noise_share(self, tensor: str) -> float:
+        """rho, 0..1; 0 with a single fold, which says nothing about noise."""
+        if self._folds < 2:
+            return 0.0
+        mean_square = float((self._correlation[tensor] ** 2).sum()) / self._folds**2
+        spread = max(self._squares[tensor] / self._folds - mean_square, 0.0)
+        variance = spread / (self._folds - 1)
+        return min(variance / max(mean_square, 1e-300), 1.0)
+
+    def _add_correlation(self, tensor: str, covariance: FloatArray) -> None:
+        if tensor not in self._scale:
+            deviation = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+            self._scale[tensor] = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+        scale = self._scale[tensor]
+        correlation = covariance * scale[:, None] * scale
+        np.fill_diagonal(correlation, 0.0)
+        self._squares[tensor] = self._squares.get(tensor, 0.0) + float((correlation**2).sum())
+        self._correlation[tensor] = self._correlation.get(tensor, 0.0) + correlation
 
 
 def _square(mean: FloatArray, like: FloatArray) -> FloatArray:

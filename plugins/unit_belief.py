@@ -78,6 +78,8 @@ def pruning_probabilities(
 
     Expected counts respect the floors; where even these exceed the budget, tau is the upper end.
     """
+    if not beliefs:
+        return {}, 0.0
     means = np.concatenate([belief.mean for belief in beliefs.values()])
     margin = 8.0 * max(belief.spread for belief in beliefs.values()) + 1.0
     low, high = float(means.min()) - margin, float(means.max()) + margin
