@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch import refit as refit_module
@@ -250,6 +251,47 @@ def test_images_are_limited_by_memory(dense: Net, batches: list[Tensor], monkeyp
     monkeypatch.setattr(refit_module, "MEMORY", 60 * 4 * 8 * 8 * 8 * 8)
     model, graph, kept = pruned_of(dense, KEEP)
     assert refit(model, dense, graph, kept, batches, "sequential").images == 60
+
+
+def trained_on_digits() -> tuple[nn.Sequential, Tensor, Tensor, Tensor]:
+    """A small batch-norm network after a few epochs; training images, test images, test labels."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
+    labels = torch.from_numpy(digits.target)
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in ((1, 16), (16, 24), (24, 24)):
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    for _ in range(8):
+        for chosen in torch.randperm(1400).split(100):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+    return model.eval(), images[:1400], images[1400:], labels[1400:]
+
+
+def test_a_trained_network_keeps_its_accuracy_through_the_sequential_refit() -> None:
+    dense, train, test, labels = trained_on_digits()
+    groups = []
+    for at, reads, units, run in (("0", "3", 16, 1), ("3", "6", 24, 1), ("6", "11", 24, 4)):
+        slices = [piece(f"{at}.weight", 0, "writes", units), *norm(str(int(at) + 1), np.arange(units))]
+        groups.append(
+            ChannelGroup(f"{at}.weight", units, (*slices, piece(f"{reads}.weight", 1, "reads", units, run)))
+        )
+    graph = ChannelGraph(groups, [], {n: tuple(t.shape) for n, t in dense.state_dict().items() if t.dim()})
+    rng = np.random.default_rng(0)
+    keep = {name: np.sort(rng.permutation(n)[: n // 2]).tolist() for name, n in graph.units.items()}
+    accuracy = {"dense": float((dense(test).argmax(1) == labels).float().mean())}
+    for mode in ("none", "bias", "least-squares", "sequential"):
+        model = copy.deepcopy(dense)
+        remove(model, graph, keep)
+        refit(model, dense, graph, graph.kept_indices(keep), [train], mode)  # type: ignore[arg-type]
+        accuracy[mode] = float((model(test).argmax(1) == labels).float().mean())
+    assert accuracy["sequential"] > accuracy["dense"] - 0.05
+    assert accuracy["sequential"] > accuracy["none"] + 0.2
+    assert accuracy["sequential"] >= max(accuracy["bias"], accuracy["least-squares"])
 
 
 class Shared(nn.Module):
