@@ -149,7 +149,7 @@ def prune(
         session = (open_session or registry.adapter(settings.adapter))(settings)
         settings = method.resolved(session.settings)
         table = latency_target.timed(session, settings.parsed_targets, folder, resume)
-        task = _task(settings, method, session, latency_target.full_cost(session, table))
+        task = make_task(settings, method, session, latency_target.full_cost(session, table))
         display.opened(session.describe(), settings, task.budget)
         if not resume:
             folder.clear()
@@ -166,7 +166,7 @@ def prune(
                 session.adapter,
                 plugin=settings.plugin,
                 events=following,
-                preamble=_preamble(settings, method, session),
+                preamble=make_preamble(settings, method, session),
                 journal=_journal(folder, settings, session),
                 checkpoints=Checkpoints(folder.checkpoints),
             )
@@ -210,7 +210,11 @@ def _prepared(folder: RunFolder, resume: bool, overwrite: bool) -> Iterator[None
             raise
 
 
-def _task(settings: RunSettings, method: Method, session: Session, whole: Cost) -> PruningTask:
+def make_task(settings: RunSettings, method: Method, session: Session, whole: Cost) -> PruningTask:
+    """What the policy is told; `whole` is what shares in targets are shares of.
+
+    Raises ConfigError where the method lacks data, UnreachableTargetError for an impossible target.
+    """
     _check_data(settings, method, session)
     graph = session.graph
     budget = Budget.resolve(settings.parsed_targets, whole)
@@ -243,7 +247,8 @@ def _check_data(settings: RunSettings, method: Method, session: Session) -> None
         )
 
 
-def _preamble(settings: RunSettings, method: Method, session: Session) -> Preamble | None:
+def make_preamble(settings: RunSettings, method: Method, session: Session) -> Preamble | None:
+    """What comes before the policy; None where there is nothing to train or judge by."""
     if method.policy.starts_from == "scratch" or not session.has_data:
         return None
     epochs = settings.dense_epochs if session.dense_needs_training else None

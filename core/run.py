@@ -7,6 +7,7 @@ So a crash costs at most the directive in flight, and a Train not even that.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ MAX_IDLE = 5_000
 """Directives in a row that change nothing (Measure, Evaluate, Note): beyond it the policy loops for ever."""
 
 Program = Generator[Directive, Observation, PruningPlan]
+Conducted = Generator[Train, Trained | None, PruningPlan]
+"""A run seen by whoever trains: everything but Train is carried out, a Train is answered by what it came to."""
 
 
 class Events(Protocol):
@@ -108,10 +111,46 @@ def execute(
     where the plugin broke a rule, and whatever the adapter raises; KeyboardInterrupt passes through with
     everything up to the last step on disk.
     """
+    steps = conduct(
+        policy,
+        task,
+        adapter,
+        plugin=plugin,
+        events=events,
+        preamble=preamble,
+        journal=journal,
+        checkpoints=checkpoints,
+    )
+    with contextlib.closing(steps):
+        answer: Trained | None = None
+        while True:
+            try:
+                wanted = steps.send(answer)
+            except StopIteration as end:
+                plan: PruningPlan = end.value
+                return plan
+            answer = adapter.train(wanted)
+
+
+def conduct(
+    policy: PruningPolicy,
+    task: PruningTask,
+    adapter: ModelAdapter,
+    *,
+    plugin: str,
+    events: Events,
+    preamble: Preamble | None = None,
+    journal: Journal | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Conducted:
+    """The run that `execute` carries out, with its trainings left to the caller: a loop that the user owns.
+
+    Yields every Train that is to be carried out now and must be sent what came of it; nothing else differs.
+    """
     run = _Run(task, adapter, plugin, events, journal, checkpoints)
     adapter.watch(run)
     run.restore()
-    return run.drive(program(policy, task, preamble))
+    return (yield from run.drive(program(policy, task, preamble)))
 
 
 class _Run:
@@ -157,7 +196,7 @@ class _Run:
         self._journal.truncate(reached)
         self._replay = list(self._journal.entries)
 
-    def drive(self, steps: Program) -> PruningPlan:
+    def drive(self, steps: Program) -> Conducted:
         observation: Observation = None
         try:
             while True:
@@ -166,7 +205,7 @@ class _Run:
                     return self._finished(directive)
                 self._rules.check(directive)
                 self._count(directive)
-                observation = self._answer(directive)
+                observation = yield from self._answer(directive)
                 self._learn(directive, observation)
                 self._index += 1
         finally:
@@ -208,13 +247,13 @@ class _Run:
         if self._index >= MAX_DIRECTIVES:
             raise PluginError(self._plugin, f"a run has at most {MAX_DIRECTIVES} directives")
 
-    def _answer(self, directive: Directive) -> Observation:
+    def _answer(self, directive: Directive) -> Generator[Train, Trained | None, Observation]:
         key = self._digest(directive)
         if self._index < len(self._replay):
             return self._recall(directive, key)
         self._events.began(self._index, directive)
         started = time.monotonic()
-        observation = self._carry_out(directive)
+        observation = (yield directive) if isinstance(directive, Train) else self._carry_out(directive)
         self._events.carried_out(self._index, directive, observation)
         seconds = time.monotonic() - started
         self._events.answered(self._index, directive, observation, seconds)
@@ -253,8 +292,6 @@ class _Run:
         adapter = self._adapter
         if isinstance(directive, Measure):
             return RecordingReader(adapter.measure(directive), self._plugin)
-        if isinstance(directive, Train):
-            return adapter.train(directive)
         if isinstance(directive, Evaluate):
             return adapter.evaluate(directive)
         if isinstance(directive, Grow):
@@ -310,4 +347,4 @@ def _finite(value: float) -> bool:
     return abs(value) < float("inf")
 
 
-__all__ = ["Events", "Preamble", "Program", "check_budget", "execute", "program"]
+__all__ = ["Conducted", "Events", "Preamble", "Program", "check_budget", "conduct", "execute", "program"]

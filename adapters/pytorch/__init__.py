@@ -1,19 +1,20 @@
-"""prunus for PyTorch: `prune(model, ...)`, `load("runs/NAME")`, `trace(model, example_inputs)`."""
+"""prunus for PyTorch: `prune(model, ...)`, `begin(model, ...)`, `load("runs/NAME")`, `trace(model, ...)`."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunus.adapters.pytorch.api import Pruned, load, prune, trace
+    from prunus.adapters.pytorch.loop import Finished, LoopRun, begin
 
-__all__ = ["Pruned", "load", "prune", "trace"]
+__all__ = ["Finished", "LoopRun", "Pruned", "begin", "load", "prune", "trace"]
 
 
 def __getattr__(name: str) -> Any:
     # late, so that importing one module of the adapter does not import all of it
-    if name in __all__:
-        from prunus.adapters.pytorch import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "loop" if name in ("Finished", "LoopRun", "begin") else "api"
+    return getattr(import_module(f"prunus.adapters.pytorch.{home}"), name)

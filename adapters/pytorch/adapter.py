@@ -110,6 +110,8 @@ class PyTorchAdapter:
         self.model = model
         self.origin, self.settings, self.data = origin, settings, data
         self.snapshots: dict[str, Remembered] = {}
+        self.companions: list[nn.Module] = []
+        """Moving averages that the user keeps of the model: removals and growths change them, too."""
         self._watcher: Watcher | None = None
         self._prepared, self._shapes = self._look_at(model)
         self.original_graph = self._prepared.graph.with_floors(settings.min_share, settings.multiple_of)
@@ -209,10 +211,14 @@ class PyTorchAdapter:
             result = self._train_within(directive, directive.within)
         else:
             result = self._train(directive)
+        self.trained()
+        return result
+
+    def trained(self) -> None:
+        """The current model has been trained: by `train`, or by the user's own loop."""
         self._averaged = self._target = None
         self._epochs_done = 0
         self._state_changes += 1
-        return result
 
     def _train(self, directive: Train) -> Trained:
         average = None
@@ -225,7 +231,7 @@ class PyTorchAdapter:
             directive=directive,
             index=self._state_changes,
             forward_macs=self.forward_macs,
-            teachers=self._teachers(directive),
+            teachers=self.teachers(directive),
             make_hook=_gating(self.model, self._graph, directive.gates),
             decay=UnitDecay(self.model, self._graph, directive.decay) if directive.decay else None,
             average=average,
@@ -246,14 +252,20 @@ class PyTorchAdapter:
             directive=directive,
             index=self._state_changes,
             forward_macs=graph.cost().macs,
-            teachers=self._teachers(directive),
+            teachers=self.teachers(directive),
             make_hook=_gating(small, graph, gates),
             decay=UnitDecay(small, graph, decay) if decay else None,
             progress=self._stepped,
         )
         result = self._trainer.train(small, self.settings.training.make_optimizer(small), job)
         map_back(small, self.model, self._graph, keep)
+        self._restart_companions()
         return result
+
+    def _restart_companions(self) -> None:
+        """An average over weights from before a refit is of no use: it begins again with the new ones."""
+        for companion in self.companions:
+            companion.load_state_dict(self.model.state_dict())
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -261,6 +273,10 @@ class PyTorchAdapter:
         if self._optimizer is None:
             self._optimizer = self.settings.training.make_optimizer(self.model)
         return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
 
     @property
     def _trainer(self) -> Trainer:
@@ -271,7 +287,8 @@ class PyTorchAdapter:
         assert self.data is not None
         return self.data
 
-    def _teachers(self, directive: Train) -> list[Teacher]:
+    def teachers(self, directive: Train) -> list[Teacher]:
+        """The models that `directive.distil` names. Raises ConfigError for one that was never remembered."""
         names = directive.distil.teachers if directive.distil is not None else ()
         remembered = [(name, self._snapshot(name)) for name in names]
         return [Teacher(found.model, name, found.macs) for name, found in remembered]
@@ -292,9 +309,10 @@ class PyTorchAdapter:
         if any(len(units) != self._base.units[name] for name, units in self.plan.keep.items()):
             raise PlanError("a model can be grown only before anything is removed from it")
         edits = self._prepared.bindings.edits(before.units, counts)
-        wider, growth, changes = surgery.grow(
-            self.model, before, directive.widths, seed=self._seed, noise=directive.noise, edits=edits
-        )
+        for model in (*self.companions, self.model):
+            wider, growth, changes = surgery.grow(
+                model, before, directive.widths, seed=self._seed, noise=directive.noise, edits=edits
+            )
         if self._optimizer is not None:
             carry_state(self._optimizer, changes)
         self.plan = self.plan.after_growth(before, growth, edits)
@@ -315,13 +333,16 @@ class PyTorchAdapter:
         before, plan = self._graph, self.plan
         keep = before.check_keep(directive.keep)
         if directive.gates:
-            fold(self.model, before, directive.gates)
+            for model in (self.model, *self.companions):
+                fold(model, before, directive.gates)
             self._target = None
         target = self._target = self._target or Remembered(copy.deepcopy(self.model), plan, self.forward_macs)
         reference = (
             scattered(self.model, self._shapes, self._base, kept_of(plan)) if self.settings.verify else None
         )
         edits, changes = self._cut(self.model, keep)
+        for companion in self.companions:
+            self._cut(companion, keep)
         if self._optimizer is not None:
             carry_state(self._optimizer, changes)
         self.plan = plan.after_removal(before, keep, edits)
@@ -336,6 +357,8 @@ class PyTorchAdapter:
                 survival = spread(survival, kept_since(target.plan, plan), dense)
             self._refit(self.model, self.plan, directive.refit, directive.images, survival)
         refit_from = self._recalibrate(directive)
+        if directive.refit != "none" or directive.recalibrate != "no":
+            self._restart_companions()
         self._state_changes += 1
         return Changed(self._graph, self.plan, verification, refit_from)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def prune(
         original = model
 
         def opened(resolved: RunSettings) -> PyTorchSession:
-            session.append(_session_of(original, example_inputs, train_data, test_data, trained, resolved))
+            session.append(session_of(original, example_inputs, train_data, test_data, trained, resolved))
             return session[-1]
 
     folder = RunFolder(Path(output)) if output is not None else RunFolder(choose_folder(chosen))
@@ -109,9 +109,21 @@ def prune(
     return Pruned(adapter.model.eval(), adapter.plan, report, folder.path)
 
 
-def _session_of(
-    model: nn.Module, example_inputs: Any, train_data: Any, test_data: Any, trained: bool, settings: RunSettings
+def session_of(
+    model: nn.Module,
+    example_inputs: Any,
+    train_data: Any,
+    test_data: Any,
+    trained: bool,
+    settings: RunSettings,
+    holdout_data: Any = None,
+    *,
+    in_place: bool = False,
 ) -> PyTorchSession:
+    """A session of a module and data sets without a name. `in_place`: of `model` itself, not of a copy.
+
+    `holdout_data` replaces the part of `train_data` that would be held out.
+    """
     if example_inputs is None:
         raise ConfigError("a module needs example_inputs: a tensor, or the tuple of its arguments")
     inputs = GivenInputs.of(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
@@ -120,7 +132,10 @@ def _session_of(
     bundle = None
     if train_data is not None:
         bundle = bundle_of(train_data, test_data, holdout=settings.holdout, batch_size=settings.batch_size)
-    own = copy.deepcopy(model)
+        if holdout_data is not None:
+            judged = bundle_of(train_data, holdout_data, holdout=settings.holdout, batch_size=settings.batch_size)
+            bundle = replace(bundle, holdout=judged.test)
+    own = model if in_place else copy.deepcopy(model)
     fresh = copy.deepcopy(model)
     built = BuiltModel(
         own, ModelSource(name=name), inputs, trained, bundle.classes if bundle is not None else None
@@ -137,4 +152,4 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certifi
     return prepare(copy.deepcopy(model), example_inputs, certified=certified).graph
 
 
-__all__ = ["Pruned", "load", "prune", "trace"]
+__all__ = ["Pruned", "load", "prune", "session_of", "trace"]
