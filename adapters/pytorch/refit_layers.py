@@ -31,7 +31,7 @@ class Layer:
     odds: Tensor | None
     """(inputs of a group,): p / (1 - p) of vanishing, or None."""
     norm: nn.Module | None = None
-    """The batch norm that takes the layer's output and nothing else."""
+    """The batch norm that takes the layer's output as it is."""
 
     @property
     def shiftable(self) -> bool:
