@@ -60,13 +60,13 @@ class _Masking(Recorder):
         labelling.add_with_sources(step)
         contractions = labelling.contractions[before[0] :]
         literals = labelling.literals[before[1] :]
-        if step not in labelling.statistics and not contractions:
-            return result
         restriction = Restriction(self._living)
         if step in labelling.statistics:
             sources = {n: labelling.of(x) for n, x in step.arguments.items() if isinstance(x, Step)}
             numbers = [(x.argument, x.position, restriction.count(x.ids)) for x in literals]
             return restriction.call(step, arguments, sources, labelling.of(step), numbers)
+        if all(restriction.indices(x.ids) is None for x in contractions):
+            return result
         zeroed = dict(arguments)
         for contraction in contractions:
             restriction.zero(zeroed, contraction)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 Shape = tuple[int, ...]
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Step:
     """One value of the program: a parameter, an input, a constant, or the result of one operator."""
 
@@ -35,6 +35,9 @@ class Step:
     def shape(self) -> Shape:
         assert isinstance(self.shapes, tuple), f"{self.op} has no single tensor result"
         return self.shapes
+
+    def __repr__(self) -> str:
+        return f"Step({self.index}, {self.op!r}, {self.name or self.owner!r}, {self.shapes})"
 
     def inputs(self) -> Iterator[Step]:
         """The steps this one reads, in the order of its arguments."""
@@ -59,7 +62,7 @@ def steps_in(value: Any) -> Iterator[Step]:
             yield from steps_in(item)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Program:
     """The forward pass of one model in one mode, at one input shape."""
 

@@ -47,7 +47,7 @@ class LiteralSite:
     owner_class: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Trace:
     """Everything known about a model after one look at it, in the coordinates of that model."""
 
