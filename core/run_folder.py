@@ -146,8 +146,9 @@ class RunFolder:
 
 def choose_folder(settings: RunSettings, root: Path = Path("runs")) -> Path:
     """A folder that does not exist yet, named after plugin, model, data and target."""
-    parts = [settings.plugin, settings.model or "default", settings.data, settings.targets[0]]
-    name = "_".join(re.sub(r"[^A-Za-z0-9.=-]+", "-", part.split("/")[-1]).strip("-.") for part in parts)[:120]
+    parts = [settings.plugin, settings.model or "", settings.data, settings.targets[0].strip("%").replace("=", "")]
+    words = [re.sub(r"[^A-Za-z0-9.-]+", "-", part.rstrip("/").split("/")[-1]).strip("-.") for part in parts]
+    name = "_".join(word for word in words if word)[:120]
     candidate, number = root / name, 1
     while candidate.exists():
         number += 1

@@ -1,0 +1,161 @@
+"""The rules for framework adapters, tried on whatever model and data a fresh adapter brings."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from prunus.core.adapter import ModelAdapter
+from prunus.core.directives import Evaluate, Grow, Measure, Remove, Snapshot, Train
+from prunus.core.errors import ConfigError, JournalError, PluginError
+from prunus.core.graph import ChannelGraph
+from prunus.core.signals import Signal
+
+Fresh = Callable[[], ModelAdapter]
+"""Opens the adapter anew: the same model, the same weights, the same data, every time."""
+TOLERANCE = 1e-4
+"""Relative difference that two ways to compute one loss may have."""
+
+
+def traces_alike(fresh: Fresh, name: str) -> None:
+    first, second = fresh(), fresh()
+    if first.graph.fingerprint != second.graph.fingerprint or first.trace().units != first.graph.units:
+        raise PluginError(name, "equal models have equal graphs", "Two fresh adapters differ.")
+    if not first.graph.prunable:
+        raise PluginError(name, "the model to test with has a group that may shrink")
+
+
+def removes_as_the_graph_says(fresh: Fresh, name: str) -> None:
+    adapter = fresh()
+    before, keep = adapter.graph, _keep(adapter.graph)
+    changed = adapter.remove(Remove(keep))
+    expected = before.restrict(keep)
+    if changed.graph.units != expected.units or adapter.graph.units != expected.units:
+        raise PluginError(name, "after a removal the graph is the restricted one")
+    if changed.graph.cost() != expected.cost():
+        raise PluginError(name, "predicted cost is exact", f"{changed.graph.cost()} is not {expected.cost()}.")
+    if changed.plan.kept_counts != expected.units:
+        raise PluginError(name, "the plan says what was kept")
+    check = changed.verification
+    if check.max_error > TOLERANCE * max(check.scale, 1e-12):
+        raise PluginError(name, "masked equals pruned", f"The outputs differ by {check.max_error:g}.")
+
+
+def masked_equals_pruned(fresh: Fresh, name: str) -> None:
+    """The same claim by another road: the loss with closed gates, and the loss after removal."""
+    adapter = fresh()
+    keep = _keep(adapter.graph)
+    gates = {g: np.isin(np.arange(adapter.graph.units[g]), units).astype(np.float64) for g, units in keep.items()}
+    masked = adapter.evaluate(Evaluate(gates=gates)).loss
+    inside = adapter.evaluate(Evaluate(within=keep)).loss
+    adapter.remove(Remove(keep))
+    pruned = adapter.evaluate(Evaluate()).loss
+    if not (_close(masked, pruned) and _close(inside, pruned)):
+        detail = f"Loss: gates closed {masked:g}, inside {inside:g}, removed {pruned:g}."
+        raise PluginError(name, "masked equals pruned", detail)
+
+
+def evaluation_changes_nothing(fresh: Fresh, name: str) -> None:
+    adapter = fresh()
+    before = adapter.evaluate(Evaluate())
+    keep = _keep(adapter.graph)
+    gates = {g: np.full(adapter.graph.units[g], 0.5) for g in keep}
+    adapter.evaluate(Evaluate(gates=gates))
+    adapter.evaluate(Evaluate(within=keep))
+    adapter.measure(Measure(frozenset(Signal), gates=gates, images=64))
+    after = adapter.evaluate(Evaluate())
+    if before != after:
+        raise PluginError(name, "measuring and evaluating leave the model as it was", f"{before} became {after}.")
+
+
+def grows_without_changing_the_function(fresh: Fresh, name: str) -> None:
+    adapter = fresh()
+    group = next((g for g in adapter.graph.prunable if adapter.graph.growable(g) is None), None)
+    if group is None:
+        return
+    before, units = adapter.evaluate(Evaluate()).loss, adapter.graph.units[group]
+    changed = adapter.grow(Grow({group: units + 2}))
+    after = adapter.evaluate(Evaluate()).loss
+    if changed.graph.units[group] != units + 2 or not _close(before, after):
+        raise PluginError(name, "growth preserves the function", f"Loss {before:g} became {after:g}.")
+
+
+def signals_have_their_shapes(fresh: Fresh, name: str) -> None:
+    adapter = fresh()
+    reader = adapter.measure(Measure(frozenset({Signal.WEIGHT, Signal.GATE_FISHER}), images=64))
+    for group in adapter.graph.prunable.values():
+        if not group.gateable:
+            continue
+        fisher = reader.read(Signal.GATE_FISHER, group.name)
+        if fisher.shape != (group.units,) or fisher.dtype != np.float64 or not np.isfinite(fisher).all():
+            raise PluginError(name, "a gate signal has one finite float64 per unit", f"Group {group.name!r}.")
+    for tensor, shape in adapter.graph.tensors.items():
+        if reader.read(Signal.WEIGHT, tensor).shape != shape:
+            raise PluginError(name, "weights have the shapes that the graph names", f"Tensor {tensor!r}.")
+    try:
+        reader.read(Signal.ACTIVATION_MEAN, next(iter(adapter.graph.tensors)))
+    except ConfigError:
+        return
+    raise PluginError(name, "a signal that was not asked for is a ConfigError")
+
+
+def checkpoints_restore_everything(fresh: Fresh, name: str) -> None:
+    """What comes after a checkpoint is the same in the process that wrote it and in the one that reads it."""
+    adapter, other = fresh(), fresh()
+    with tempfile.TemporaryDirectory() as written:
+        adapter.train(Train(epochs=1.0))
+        adapter.snapshot(Snapshot("kit"))
+        adapter.remove(Remove(_keep(adapter.graph)))
+        adapter.checkpoint(Path(written))
+        other.restore(Path(written))
+    for one in (adapter, other):
+        one.train(Train(epochs=1.0))
+    for question in (Evaluate(), Evaluate(model="kit")):
+        first, second = adapter.evaluate(question), other.evaluate(question)
+        if first != second or adapter.graph.fingerprint != other.graph.fingerprint:
+            raise PluginError(name, "a checkpoint restores everything", f"{first} became {second}.")
+
+
+def damaged_checkpoints_are_named(fresh: Fresh, name: str) -> None:
+    adapter = fresh()
+    with tempfile.TemporaryDirectory() as written:
+        folder = Path(written)
+        adapter.checkpoint(folder)
+        for path in [p for p in folder.rglob("*") if p.is_file()]:
+            path.unlink()
+        try:
+            adapter.restore(folder)
+        except JournalError:
+            return
+    raise PluginError(name, "an unreadable checkpoint is a JournalError")
+
+
+def _keep(graph: ChannelGraph) -> Mapping[str, list[int]]:
+    """Another part of every group: its last three quarters, as its floor and multiple allow."""
+    keep = {}
+    tied: dict[str, int] = {}
+    for name, group in graph.prunable.items():
+        count = max(group.min_kept, 3 * group.units // 4 // group.multiple_of * group.multiple_of)
+        if group.equal_count is not None:
+            count = tied.setdefault(group.equal_count, count)
+        keep[name] = list(range(group.units - count, group.units))
+    return keep
+
+
+def _close(first: float, second: float) -> bool:
+    return abs(first - second) <= TOLERANCE * max(abs(first), abs(second), 1e-6)
+
+
+ADAPTER_RULES: dict[str, Callable[[Fresh, str], None]] = {
+    "equal models have equal graphs": traces_alike,
+    "a removal does what the graph says, at the cost that it predicts": removes_as_the_graph_says,
+    "masked equals pruned": masked_equals_pruned,
+    "measuring and evaluating leave the model as it was": evaluation_changes_nothing,
+    "growth preserves the function": grows_without_changing_the_function,
+    "signals have their shapes": signals_have_their_shapes,
+    "a checkpoint restores everything": checkpoints_restore_everything,
+    "an unreadable checkpoint is a JournalError": damaged_checkpoints_are_named,
+}
