@@ -9,7 +9,6 @@ from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TaskID,
@@ -48,14 +47,13 @@ class RunDisplay:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=_BAR),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,
         )
         self._task: TaskID | None = None
-        self._evaluations = 0
 
     def __enter__(self) -> RunDisplay:
         self._progress.start()
@@ -97,10 +95,12 @@ class RunDisplay:
         self._console.print(Text(f"  note: {text}", style="yellow"))
 
     def _show(self, label: str, done: int, total: int | None, detail: str) -> None:
+        count = "" if total is None else f"{done}/{total}"
         if self._task is None:
-            self._task = self._progress.add_task(label, total=total, completed=done, detail=detail)
+            self._task = self._progress.add_task(label, total=total, completed=done, detail=detail, count=count)
         else:
-            self._progress.update(self._task, description=label, total=total, completed=done, detail=detail)
+            shown = {"detail": detail, "count": count}
+            self._progress.update(self._task, description=label, total=total, completed=done, **shown)
 
 
 def _images(description: Description) -> str:
