@@ -99,8 +99,9 @@ class RunDisplay:
         if self._task is None:
             self._task = self._progress.add_task(label, total=total, completed=done, detail=detail, count=count)
         else:
-            shown = {"detail": detail, "count": count}
-            self._progress.update(self._task, description=label, total=total, completed=done, **shown)
+            self._progress.update(
+                self._task, description=label, total=total, completed=done, detail=detail, count=count
+            )
 
 
 def _images(description: Description) -> str:
