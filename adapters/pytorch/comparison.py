@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from prunus.adapters.pytorch.selected_outputs import ordered, shared, watched
 from prunus.adapters.pytorch.structural_copy import with_tensors
 from prunus.adapters.pytorch.tracing import Trace, masked_call
 from prunus.core.directives import Verification
@@ -78,11 +79,18 @@ class _Reference:
     tensors: Mapping[str, Tensor]
     keep: Mapping[str, Any]
 
-    def output(self, args: tuple[Any, ...]) -> Any:
-        """From the captured program; from the Python code where the program is true for one input alone."""
+    def outputs(self, pruned: nn.Module, args: tuple[Any, ...]) -> tuple[Any, Any]:
+        """What `pruned` and the masked original answer to `args`.
+
+        The reference is the captured program; where that is true for one input alone, the Python code.
+        """
         if not self.trace.program.concrete:
-            return self.trace.masked_output(self.tensors, self.keep, args)
-        return masked_call(with_tensors(self.bare, self.tensors), self.trace.graph, self.keep, args)
+            return pruned(*args), self.trace.masked_output(self.tensors, self.keep, args)
+        whole = with_tensors(self.bare, self.tensors)
+        with watched(pruned) as got, watched(whole) as expected:
+            outputs = ordered(pruned(*args)), ordered(masked_call(whole, self.trace.graph, self.keep, args))
+        inner = shared(got, expected)
+        return (outputs[0], inner[0]), (outputs[1], inner[1])
 
     def double(self) -> _Reference:
         return _Reference(self.trace, copy.deepcopy(self.bare).double(), _double(self.tensors), self.keep)
@@ -90,8 +98,7 @@ class _Reference:
 
 def _measured(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst:
     with torch.no_grad(), evaluating(pruned):
-        got = pruned(*args)
-    return distance(got, reference.output(args))
+        return distance(*reference.outputs(pruned, args))
 
 
 def _in_double(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst | None:

@@ -164,7 +164,7 @@ class TorchvisionFamily(Family):
             return InputSpec((3, 128, 128), (0.5,) * 3, (0.5,) * 3, kind=kind)
         if kind == "video":
             return InputSpec(
-                (3, 224, 224) if "vit" in short or "swin" in short else (3, 112, 112),
+                (3, 224, 224) if any(part in short for part in ("vit", "swin", "s3d")) else (3, 112, 112),
                 (0.43216, 0.394666, 0.37645),
                 (0.22803, 0.22145, 0.216989),
                 kind=kind,
