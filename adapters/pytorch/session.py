@@ -200,10 +200,14 @@ def open_session(settings: RunSettings) -> PyTorchSession:
     settings = filled(settings)
     found = open_data(settings.data)
     built = _build(settings, found)
-    # the user named the model, so a `python:` factory may run
-    return PyTorchSession(
-        settings, built, _bundle(settings, found, built), lambda source: construct(source, allow_python=True)
-    )
+
+    def original(source: ModelSource) -> nn.Module:
+        # the user named this model, so its `python:` factory may run; a file may not name another
+        if source != built.source:
+            raise LoadError(f"the plan is of the model {source.name!r}, not of {built.source.name!r}")
+        return construct(source, allow_python=True)
+
+    return PyTorchSession(settings, built, _bundle(settings, found, built), original)
 
 
 def _build(settings: RunSettings, found: DataSource | None) -> BuiltModel:
