@@ -1,0 +1,113 @@
+"""`kill -9` at random moments of real runs: resumed, they end in an undisturbed run's plan and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Every run is a process of its own, forked from one that has imported everything and computed nothing.
+SERVER = """
+import json, os, sys
+import sklearn.datasets, timm.data
+import prunus.adapters.pytorch.session, prunus.core.display, prunus.core.pruning
+import prunus.plugins.bayes_reparam, prunus.plugins.gsm_anneal, prunus.plugins.joint_search
+from prunus.core.cli import run
+for line in sys.stdin:
+    words = json.loads(line)
+    child = os.fork()
+    if not child:
+        said = os.open(words.pop(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1), os.dup2(said, 2)
+        os._exit(run(words))
+    print(child, flush=True)
+    sys.stdin.readline()  # until then the child keeps its number, dead or alive
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+COMMON = ("prune", "--model", "prunus/resnet8", "--data", "digits", "--train-limit", "200", "--batch-size", "50")
+TRAINING = ("--dense-epochs", "2", "--threads", "1", "--target", "macs=50%")
+METHODS = {
+    "gsm-anneal": ("--epochs", "4"),
+    "bayes-reparam": ("--epochs", "4"),
+    "joint-search": ("--epochs", "6", "--set", "evaluations=6"),
+}
+MOMENTS = [2, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+
+
+class Runs:
+    """Starts runs, waits for them, kills them."""
+
+    def __init__(self, said: Path) -> None:
+        self.said = said
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def __call__(self, *words: str, kill_after: float | None = None) -> int:
+        """The exit code, or minus the signal that ended it; what it said is in the file `said`."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps([*words, str(self.said)]) + "\n")
+        self._server.stdin.flush()
+        child = int(self._server.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)
+        self._server.stdin.write("\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    server = Runs(tmp_path_factory.mktemp("said") / "said.txt")
+    yield server
+    server.close()
+
+
+def _begin(method: str, folder: Path) -> tuple[str, ...]:
+    return (*COMMON, *TRAINING, *METHODS[method], "--plugin", method, "--output", str(folder), "--json")
+
+
+def _outcome(folder: Path) -> tuple[str, bytes, dict[str, float]]:
+    report = json.loads((folder / "report.json").read_text())
+    return (folder / "plan.json").read_text(), (folder / "model.safetensors").read_bytes(), report["pruned"]
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_at_random_moments_ends_in_the_plan_and_weights_of_an_undisturbed_one(
+    method: str, moments: int, runs: Runs, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    started = time.monotonic()
+    assert runs(*_begin(method, whole)) == 0, runs.said.read_text()
+    duration = time.monotonic() - started
+    rng = random.Random(method)
+    killed = 0
+    for number in range(moments):
+        folder = tmp_path / str(number)
+        moment = duration * (number + rng.random()) / moments
+        code = runs(*_begin(method, folder), kill_after=moment)
+        assert code in (0, -signal.SIGKILL), runs.said.read_text()
+        killed += code == -signal.SIGKILL
+        begun = (folder / "run.toml").exists()
+        again = ("prune", "--resume", str(folder), "--json") if begun else _begin(method, folder)
+        assert runs(*again) == 0, f"killed after {moment:.2f} s: {runs.said.read_text()}"
+        assert _outcome(folder) == _outcome(whole), f"killed after {moment:.2f} s of {duration:.2f} s"
+    assert killed >= moments // 2
