@@ -171,7 +171,7 @@ class TorchvisionFamily(Family):
             )
         if kind == "images":
             return InputSpec((3, 320, 320), (0.0,) * 3, (1.0,) * 3, kind=kind)
-        side = 299 if short == "inception_v3" else 224
+        side = 299 if short.endswith("inception_v3") else 224
         spec = InputSpec((3, side, side), IMAGENET_MEAN, IMAGENET_STD)
         if not pretrained:
             return spec
