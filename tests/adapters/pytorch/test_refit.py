@@ -206,6 +206,18 @@ def test_layers_before_the_first_removal_are_left_bit_for_bit(
     assert not torch.equal(model.third.bias, dense.third.bias)
 
 
+def test_depthwise_layers_are_made_up_for_by_the_next_layer_that_mixes_channels(
+    dense: Net, batches: list[Tensor]
+) -> None:
+    model, graph, kept = pruned_of(dense, KEEP)
+    model.first.weight.data.mul_(1.5)  # so that the depthwise layer sees something else than in the dense model
+    before = copy.deepcopy(model)
+    done = refit(model, dense, graph, kept, batches, "sequential")
+    assert done.layers == ["first", "second", "third", "head"]
+    assert torch.equal(model.depthwise.weight, before.depthwise.weight)
+    assert error(model, dense, batches) < 0.5 * error(before, dense, batches)
+
+
 def test_fewer_images_than_inputs_go_by_the_smaller_system(
     dense: Net, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
