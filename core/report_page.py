@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import shlex
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from prunus.core.charts import Series, line_chart, width_bars
+from prunus.core.charts import width_bars
 from prunus.core.display import human, proof
 from prunus.core.files import write_atomically
-from prunus.core.report import Report
+from prunus.core.latency_target import LatencyResult
+from prunus.core.report import Report, Width
+from prunus.core.report_charts import note_sections, progress_charts, section, single_notes
+from prunus.core.report_style import STYLE
+from prunus.core.toml_text import to_toml
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2937; --paper: #ffffff; --soft: #f3f4f6; --line: #d1d5db;
-  --mark: #2563eb }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e5e7eb; --paper: #111827; --soft: #1f2937; --line: #374151; --mark: #60a5fa } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem }
-h2 { font-size: 1.15rem; margin-top: 2.2rem }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0 }
-.card { background: var(--soft); border-radius: .6rem; padding: .7rem 1rem; min-width: 9rem }
-.card b { display: block; font-size: 1.5rem }
-.card small { opacity: .75 }
-table { border-collapse: collapse; width: 100% }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
-  font-variant-numeric: tabular-nums }
-th:first-child, td:first-child { text-align: left }
-td.text { text-align: left; overflow-wrap: anywhere }
-figure { margin: 1rem 0 }
-figcaption { font-weight: 600 }
-svg { width: 100%; height: auto; max-width: 46rem }
-svg text { font: 11px system-ui, sans-serif; fill: var(--ink) }
-.plot { fill: var(--soft) }
-.grid { stroke: var(--line) }
-.before { fill: var(--line) }
-.after { fill: var(--mark) }
-.legend span { margin-right: 1.2rem; font-size: .85rem }
-.legend i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px }
-pre { background: var(--soft); padding: .8rem; border-radius: .5rem; white-space: pre-wrap;
-  overflow-wrap: anywhere }
-details { margin: .6rem 0 }
-summary { cursor: pointer }
-"""
+_FEW = 40
+"""A table of so many rows is shown open."""
 
 
 def write_page(report: Report, path: Path) -> None:
@@ -58,26 +30,24 @@ def render(report: Report) -> str:
     title = f"{report.model} by {report.plugin}"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(report.data)}, target {escape(', '.join(report.targets))}</p>",
+        f'<p class="lead">{escape(_lead(report))}</p>',
         _cards(report),
         f"<p>{escape(proof(report))}</p>",
+        _notes(report.notes),
         "<h2>Before and after</h2>",
         _sizes(report),
-        "<h2>Over the run</h2>",
-        *_charts(report.history),
-        "<h2>Widths</h2>",
-        width_bars([(w.name, w.units, w.kept) for w in report.widths if w.locked is None]),
-        _groups(report),
-        "<h2>Again</h2>",
-        f"<p>This run:</p><pre>{escape(command(report))}</pre>",
-        "<details><summary>All settings</summary>" + _facts(report.settings.items()) + "</details>",
-        "<details open><summary>Environment</summary>" + _facts(report.versions.items()) + "</details>",
-        _notes(report.notes),
+        _latency(report.latency),
+        *_course(report),
+        *_widths(report.widths),
+        "<h2>Repeat it</h2>",
+        *_again(report),
+        "<h2>Environment</h2>",
+        _facts({**report.versions, **{f"images: {k}": f"{v:,}" for k, v in report.images.items()}}.items()),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(part for part in body if part)
         + "\n</body></html>\n"
     )
@@ -85,25 +55,41 @@ def render(report: Report) -> str:
 
 def command(report: Report) -> str:
     """The command that runs the same again."""
-    words = ["optimize", "prune", "--config", f"{report.run}/run.toml"]
-    return " ".join(words)
+    return shlex.join(["optimize", "prune", "--config", f"{report.run}/run.toml"])
+
+
+def _lead(report: Report) -> str:
+    size = "×".join(str(n) for n in report.input_size)
+    classes = f", {report.classes:,} classes" if report.classes is not None else ""
+    return f"data {report.data}{classes}, input {size}, target {', '.join(report.targets)}"
 
 
 def _cards(report: Report) -> str:
     dense, pruned = report.dense, report.pruned
+    verdict = ("good", "target met") if report.target_met else ("bad", "target missed")
     cards = [
-        ("target met" if report.target_met else "target missed", ", ".join(report.targets)),
-        (f"{pruned.macs / max(dense.macs, 1):.1%}", "of the MACs"),
-        (f"{pruned.params / max(dense.params, 1):.1%}", "of the parameters"),
+        (*verdict, ", ".join(report.targets)),
+        ("", f"{pruned.macs / max(dense.macs, 1):.1%}", f"of the MACs: {human(pruned.macs)}"),
+        ("", f"{pruned.params / max(dense.params, 1):.1%}", f"of the parameters: {human(pruned.params)}"),
     ]
     if pruned.accuracy is not None:
-        against = "" if dense.accuracy is None else f", dense {dense.accuracy:.2%}"
-        cards.append((f"{pruned.accuracy:.2%}", f"test accuracy{against}"))
-    cards.append((f"{report.seconds:,.0f} s", "for the whole run"))
+        against = "" if dense.accuracy is None else f", was {dense.accuracy:.2%}"
+        cards.append(("", f"{pruned.accuracy:.2%}", f"test accuracy{against}"))
+    if report.latency is not None:
+        share = report.latency.pruned / max(report.latency.dense, 1e-12)
+        cards.append(("", f"{1e3 * report.latency.pruned:.3g} ms", f"latency, {share:.0%} of the dense model's"))
+    cards.append(("", _duration(report.seconds), "for the whole run"))
     inner = "".join(
-        f'<div class="card"><b>{escape(big)}</b><small>{escape(small)}</small></div>' for big, small in cards
+        f'<div class="card {kind}"><b>{escape(big)}</b><small>{escape(small)}</small></div>'
+        for kind, big, small in cards
     )
     return f'<div class="cards">{inner}</div>'
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _sizes(report: Report) -> str:
@@ -111,58 +97,78 @@ def _sizes(report: Report) -> str:
     for title, key in (("MACs", "macs"), ("parameters", "params"), ("bytes", "bytes")):
         before, after = getattr(report.dense, key), getattr(report.pruned, key)
         limit = report.limits.get(key)
-        target = "" if limit is None else f"{human(limit)}"
-        rows.append((title, f"{before:,}", f"{after:,}", f"{after / max(before, 1):.2%}", target))
+        allowed = "" if limit is None else f"{limit:,.0f}"
+        rows.append((title, f"{before:,}", f"{after:,}", f"{after / max(before, 1):.2%}", allowed))
+    dense, pruned = report.dense.accuracy, report.pruned.accuracy
+    if pruned is not None:
+        before, change = ("", "") if dense is None else (f"{dense:.2%}", f"{100 * (pruned - dense):+.2f} points")
+        rows.append(("test accuracy", before, f"{pruned:.2%}", change, ""))
     return _table(("", "before", "after", "kept", "at most"), rows)
 
 
-def _charts(history: list[dict[str, Any]]) -> list[str]:
-    charts = [
-        line_chart("Accuracy", _tracks(history, "accuracy", ("Evaluate", "Train")), "directive", "top-1, 0..1"),
-        line_chart("Loss", _tracks(history, "loss", ("Evaluate", "Train")), "directive", "cross entropy"),
-        line_chart("MACs", _tracks(history, "macs", ("Remove", "Grow")), "directive", "MACs per image"),
+def _latency(latency: LatencyResult | None) -> str:
+    if latency is None:
+        return ""
+    rows = [
+        ("dense, measured", f"{1e3 * latency.dense:.3f}"),
+        ("pruned, foretold by the table", f"{1e3 * latency.predicted:.3f}"),
+        ("pruned, measured", f"{1e3 * latency.pruned:.3f}"),
+        ("at most", f"{1e3 * latency.limit:.3f}"),
     ]
-    notes: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for row in history:
-        for key, value in row.get("values", {}).items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                points = notes.setdefault(row["note"], {}).setdefault(key, [])
-                points.append((float(len(points)), float(value)))
-    for kind, keys in notes.items():
-        for key, points in keys.items():
-            if len(points) > 1:
-                x, y = zip(*points, strict=True)
-                charts.append(line_chart(f"{kind}: {key}", [Series(key, x, y)], "note", key))
-    return [chart for chart in charts if chart]
+    errors = ", ".join(f"{error:+.1%}" for error in latency.check_errors)
+    checked = f" The table's errors on whole models that it was not fitted to: {errors}." if errors else ""
+    said = f"{latency.message[:1].upper()}{latency.message[1:]}. {latency.threads} thread(s), one image.{checked}"
+    return f"<h3>Latency</h3>{_table(('one image', 'ms'), rows)}<p>{escape(said)}</p>"
 
 
-def _tracks(history: list[dict[str, Any]], key: str, kinds: tuple[str, ...]) -> list[Series]:
-    """One series per kind of directive (training and held-out figures are not the same thing)."""
-    names = {"Evaluate": "held-out", "Train": "training", "Remove": "after removal", "Grow": "after growth"}
-    series = []
-    for kind in kinds:
-        points = [
-            (float(row["index"]), float(row[key]))
-            for row in history
-            if row["kind"] == kind and isinstance(row.get(key), int | float) and row.get("model") is None
-        ]
-        series.append(Series(names[kind], [p[0] for p in points], [p[1] for p in points]))
-    return series
+def _course(report: Report) -> list[str]:
+    """How the run went; nothing for a run without a history."""
+    parts = [section("Result", progress_charts(report))]
+    parts += [section(f"Method: {kind}", charts) for kind, charts in note_sections(report.history)]
+    noted = single_notes(report.history)
+    if noted:
+        parts.append("<h3>Noted once</h3>" + _facts(noted))
+    shown = [part for part in parts if part]
+    return ["<h2>Over the run</h2>", *shown] if shown else []
 
 
-def _groups(report: Report) -> str:
-    rows = [(w.name, str(w.units), str(w.kept), w.locked or "") for w in report.widths]
-    return (
-        "<details><summary>Every channel group, and what is locked</summary>"
-        + _table(("group", "units", "kept", "locked because"), rows)
-        + "</details>"
-    )
+def _widths(widths: list[Width]) -> list[str]:
+    if not widths:
+        return []
+    locked = sum(w.locked is not None for w in widths)
+    said = f"{len(widths)} channel groups, {locked} of them locked" if locked else f"{len(widths)} channel groups"
+    rows = [
+        (w.name, f"{w.units:,}", f"{w.kept:,}", f"{w.kept / max(w.units, 1):.0%}", w.locked or "") for w in widths
+    ]
+    opened = " open" if len(rows) <= _FEW else ""
+    return [
+        "<h2>Widths</h2>",
+        width_bars([(w.name, w.units, w.kept) for w in widths if w.locked is None]),
+        f"<details{opened}><summary>{said}: the table</summary>"
+        + _table(("group", "units", "kept", "share", "locked because"), rows)
+        + "</details>",
+    ]
 
 
-def _facts(facts: Iterable[tuple[str, Any]]) -> str:
-    rows = [(key, str(value)) for key, value in facts if value not in (None, {}, [], "")]
-    inner = "".join(f'<tr><td>{escape(k)}</td><td class="text">{escape(v)}</td></tr>' for k, v in rows)
-    return f"<table>{inner}</table>"
+def _again(report: Report) -> list[str]:
+    folder = shlex.quote(report.run)
+    use = [
+        f"optimize evaluate {folder}",
+        f"optimize export {folder} --format onnx",
+        f'python -c "from prunus.adapters.pytorch import load; print(load({report.run!r}))"',
+    ]
+    settings = {key: value for key, value in report.settings.items() if value not in ({}, [], None)}
+    return [
+        f"<p>The same run again:</p><pre>{escape(command(report))}</pre>",
+        f"<p>The model it made:</p><pre>{escape(chr(10).join(use))}</pre>",
+        "<details><summary>All settings (the run.toml of that command)</summary>"
+        f"<pre>{escape(to_toml(settings))}</pre></details>",
+    ]
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> str:
+    inner = "".join(f'<tr><td>{escape(k)}</td><td class="text">{escape(v)}</td></tr>' for k, v in facts)
+    return f'<div class="scroll"><table>{inner}</table></div>' if inner else ""
 
 
 def _notes(notes: list[str]) -> str:
@@ -172,4 +178,4 @@ def _notes(notes: list[str]) -> str:
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from prunus.core.charts import Series, line_chart, width_bars
+from prunus.core.charts import Series, heat_map, line_chart, ticks, width_bars
 from prunus.core.display import bar, by_stage, human, proof
 from prunus.core.report import Report, Width
 from prunus.core.report_page import render
@@ -15,12 +18,29 @@ from prunus.core.report_page import render
 EVIL = '<script>alert("x")</script>'
 
 
+def _round(i: int) -> dict[str, object]:
+    return {"round": i, "probability/layer1": [0.1, 1 / i], "loss/a": 1 / i, "loss/b": 2 / i, "rewards": [i, -i]}
+
+
+LATENCY = {
+    "limit": 0.012,
+    "dense": 0.02,
+    "pruned": 0.0115,
+    "predicted": 0.0119,
+    "threads": 1,
+    "check_errors": [0.02],
+    "message": "latency target 12 ms met",
+}
+
+
 def _report(**changes: object) -> Report:
     history = [
-        {"index": 0, "kind": "Train", "loss": 1.0, "accuracy": 0.5},
-        {"index": 1, "kind": "Evaluate", "loss": 0.9, "accuracy": 0.6, "model": None},
-        {"index": 2, "kind": "Remove", "macs": 50},
+        {"index": 0, "kind": "Train", "seconds": 9.0, "loss": 1.0, "accuracy": 0.5},
+        {"index": 1, "kind": "Evaluate", "seconds": 1.0, "loss": 0.9, "accuracy": 0.6, "model": None},
+        {"index": 2, "kind": "Remove", "seconds": 0.5, "macs": 50},
         *({"index": i, "kind": "Note", "note": "anneal", "values": {"temperature": 1 / i}} for i in range(3, 9)),
+        *({"index": i, "kind": "Note", "note": "round", "values": _round(i)} for i in range(9, 12)),
+        {"index": 12, "kind": "Note", "note": "distillation", "values": {"used": 1}},
     ]
     data: dict[str, object] = {
         "schema": 1,
@@ -39,7 +59,11 @@ def _report(**changes: object) -> Report:
         "input_size": (3, 32, 32),
         "classes": 10,
         "images": {"train": 100},
-        "widths": [{"name": "layer1.0.conv1.weight", "units": 16, "kept": 8}],
+        "latency": LATENCY,
+        "widths": [
+            {"name": "layer1.0.conv1.weight", "units": 16, "kept": 8},
+            {"name": "head.weight", "units": 10, "kept": 10, "locked": "model output"},
+        ],
         "history": history,
         "settings": {"seed": 0},
         "versions": {"torch": "2"},
@@ -82,10 +106,50 @@ def test_the_page_says_what_matters() -> None:
         "89.00%",
         "target met",
         "layer1.0.conv1.weight",
-        "anneal: temperature",
         "--config runs/a",
     ):
         assert words in page
+
+
+def test_the_page_has_every_section() -> None:
+    page = render(_report())
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings == ["Before and after", "Over the run", "Widths", "Repeat it", "Environment"]
+    parts = re.findall(r"<h3>(.*?)</h3>", page)
+    assert parts == ["Latency", "Result", "Method: anneal", "Method: round", "Noted once"]
+    charts = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert charts == [
+        "Accuracy", "Loss (cross entropy)", "MACs of one image", "temperature", "loss", "rewards",
+        "probability, mean of each group",
+    ]  # fmt: skip
+    for words in ("20.000", "11.500", "Latency target 12 ms met", "model output", "used 1", "torch", "seed = 0"):
+        assert words in page
+
+
+def test_the_chart_of_macs_begins_with_the_dense_model_and_shows_the_target() -> None:
+    page = render(_report())
+    chart = page[page.index("MACs of one image") :]
+    model, target = re.findall(r'points="([^"]+)"', chart)[:2]
+    heights = [float(point.split(",")[1]) for point in model.split()]
+    assert heights[0] < heights[-1] == float(target.split(",")[1].split()[0])
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
+def test_ticks_are_few_evenly_spaced_round_and_span_the_range(low: float, length: float) -> None:
+    high = low + length
+    if high - low < 1e-6 * max(abs(low), abs(high)):
+        return
+    found = ticks(low, high)
+    step = found[1] - found[0]
+    assert 2 <= len(found) <= 7
+    assert found[0] <= low + 1e-6 * step and found[-1] >= high - 1e-6 * step
+    digit = step / 10 ** math.floor(math.log10(step) + 1e-6)
+    assert min(abs(digit - d) for d in (1, 2, 5)) < 1e-2
+
+
+def test_a_map_has_a_cell_for_every_value() -> None:
+    assert heat_map("p", [("a", [0.0, 1.0, 0.5]), ("b", [1.0, 1.0, 1.0])], "round").count("<rect") == 6
+    assert heat_map("p", [], "round") == ""
 
 
 def test_names_from_files_never_become_markup() -> None:
@@ -104,15 +168,15 @@ def test_a_report_without_data_or_removals_has_a_page() -> None:
 
 
 def test_a_chart_without_points_is_nothing() -> None:
-    assert line_chart("t", [Series("s", [], [])], "x", "y") == ""
+    assert line_chart("t", [Series("s", [], [])], "x") == ""
     assert width_bars([]) == ""
 
 
 def test_a_constant_series_is_drawn_inside_the_plot() -> None:
-    chart = line_chart("t", [Series("s", [1.0, 2.0], [5.0, 5.0])], "x", "y")
+    chart = line_chart("t", [Series("s", [1.0, 2.0], [5.0, 5.0])], "x")
     points = re.search(r'points="([^"]+)"', chart)
     assert points is not None
-    assert all(0 <= float(v) <= 640 for pair in points[1].split() for v in pair.split(","))
+    assert all(0 <= float(v) <= 380 for pair in points[1].split() for v in pair.split(","))
 
 
 @pytest.mark.parametrize(
