@@ -159,7 +159,7 @@ class Verification:
     """Masked against pruned (law 1): the largest absolute difference and the scale of the outputs."""
 
     kind: Literal["exact", "skipped"]
-    """`exact`: compared with the masked model, whose norms take statistics over the kept units; `skipped`: not asked."""
+    """`exact`: compared with the masked model, whose norms take statistics over the kept units."""
     max_error: float
     scale: float
 
