@@ -15,7 +15,14 @@ from typing import Any
 from torch import nn
 
 from prunus.adapters.pytorch.attribute_uses import Use, record_uses
-from prunus.adapters.pytorch.size_algebra import Attribute, Expression, Polynomial, attributes_in, evaluate, solve
+from prunus.adapters.pytorch.size_algebra import (
+    Attribute,
+    Expression,
+    Operation,
+    Polynomial,
+    attributes_in,
+    solve,
+)
 from prunus.adapters.pytorch.tracing import LiteralSite, Trace
 from prunus.adapters.pytorch.tracing.program import Step
 from prunus.core.errors import PlanError
@@ -59,7 +66,7 @@ def bind_attributes(
     equations = list(_equations(record_uses(model, args, kwargs or {}), trace, first))
     equations.extend(_named_arguments(modules, trace.sites, first))
     equations.extend(_announced_widths(model, trace))
-    solution, conflicts = _solved(equations)
+    solution, conflicts = _solved(equations, modules)
     values: dict[tuple[str, str], Any] = {}
     for attribute, value in solution.items():
         if not value.groups:
@@ -197,7 +204,18 @@ def _announced_widths(model: Any, trace: Trace) -> Iterable[Equation]:
             yield Attribute("", attribute), width
 
 
-def _solved(equations: Sequence[Equation]) -> tuple[dict[Attribute, Polynomial], list[Conflict]]:
+def _divisor(expression: Expression, known: Mapping[Attribute, Polynomial]) -> Attribute | None:
+    """An unknown attribute that something is divided by."""
+    if not isinstance(expression, Operation):
+        return None
+    if expression.symbol == "//" and isinstance(expression.right, Attribute) and expression.right not in known:
+        return expression.right
+    return _divisor(expression.left, known) or _divisor(expression.right, known)
+
+
+def _solved(
+    equations: Sequence[Equation], modules: Mapping[str, nn.Module]
+) -> tuple[dict[Attribute, Polynomial], list[Conflict]]:
     wanted: dict[Attribute, list[Polynomial]] = {}
     for expression, target in equations:
         if isinstance(expression, Attribute):
@@ -210,18 +228,21 @@ def _solved(equations: Sequence[Equation]) -> tuple[dict[Attribute, Polynomial],
         solved = [solve(expression, target, solution) for expression, target in pending]
         fresh = [answer for answer in solved if answer is not None]
         if not fresh:
-            break
-        for attribute, value in fresh:
-            seen = wanted.setdefault(attribute, [])
-            if value not in seen:
-                seen.append(value)
-            solution.setdefault(attribute, value)
+            divisor = next((d for e, _ in pending if (d := _divisor(e, solution)) is not None), None)
+            if divisor is None:
+                break
+            # self.in_channels // self.num_paths, both unknown: the width moves, the number of parts stays
+            held = getattr(modules[divisor.module], divisor.name)
+            value = held if divisor.item is None else held[divisor.item]
+            solution[divisor] = Polynomial.constant(value)
+            continue
+        for (
+            attribute,
+            wanted_value,
+        ) in fresh:  # the same code may hold runtime sizes: good to fill in, not to contradict
+            solution.setdefault(attribute, wanted_value)
         pending = [e for e, answer in zip(pending, solved, strict=True) if answer is None]
     conflicts = [Conflict(a, tuple(targets)) for a, targets in wanted.items() if len(targets) > 1]
-    for expression, target in pending:
-        made = evaluate(expression, solution)
-        if made is not None and made != target:
-            conflicts.append(Conflict(min(attributes_in(expression), key=repr), (made, target)))
     return solution, conflicts
 
 

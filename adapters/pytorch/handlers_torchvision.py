@@ -6,6 +6,7 @@ torchvision's swin is the dangerous one: its free function recomputes the softma
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -90,6 +91,37 @@ def _shifted_window(self: Any, x: Tensor) -> Tensor:
     if sum(shift) > 0:
         x = torch.roll(x, shifts=(shift[0], shift[1]), dims=(1, 2))
     return x[:, :height, :width, :].contiguous()
+
+
+@handles("torchvision.models.video.swin_transformer.ShiftedWindowAttention3d", prepare=_store_swin_scale)
+def _shifted_window_3d(self: Any, x: Tensor) -> Tensor:
+    from torchvision.models.video.swin_transformer import _compute_attention_mask_3d, _get_window_and_shift_size
+
+    batch, *size = x.shape[:4]
+    window, shift = _get_window_and_shift_size(self.shift_size.copy(), size, self.window_size.copy())
+    pads = [-length % step for length, step in zip(size, window, strict=True)]
+    x = F.pad(x, (0, 0, 0, pads[2], 0, pads[1], 0, pads[0]))
+    full = tuple(x.shape[1:4])
+    cells = [length // step for length, step in zip(full, window, strict=True)]
+    if sum(shift) > 0:
+        x = torch.roll(x, shifts=tuple(-step for step in shift), dims=(1, 2, 3))
+    x = x.reshape(batch, cells[0], window[0], cells[1], window[1], cells[2], window[2], -1)
+    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch * math.prod(cells), math.prod(window), -1)
+
+    q, k, v = _qkv(self, x)
+    scores = (q * self.scale) @ k.transpose(-2, -1) + self.get_relative_position_bias(window)
+    if sum(shift) > 0:
+        mask = _compute_attention_mask_3d(x, full, tuple(window), tuple(shift))
+        scores = (scores.unflatten(0, (batch, -1)) + mask.unsqueeze(1).unsqueeze(0)).flatten(0, 1)
+    scores = F.dropout(scores.softmax(dim=-1), p=self.attention_dropout, training=self.training)
+
+    x = F.linear((scores @ v).transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
+    x = F.dropout(x, p=self.dropout, training=self.training)
+    x = x.reshape(batch, *cells, *window, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    x = x.reshape(batch, *full, -1)
+    if sum(shift) > 0:
+        x = torch.roll(x, shifts=tuple(shift), dims=(1, 2, 3))
+    return x[:, : size[0], : size[1], : size[2], :].contiguous()
 
 
 def _store_scale(attention: Any) -> None:

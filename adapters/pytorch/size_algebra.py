@@ -143,6 +143,8 @@ def solve(expression: Expression, target: Polynomial, known: Solution) -> tuple[
         return None if expression in known else (expression, target)
     if isinstance(expression, int):
         return None
+    if expression.symbol == "//" and isinstance(expression.left, int):
+        return None  # C // self.num_heads: the number divided is a size read at run time
     left, right = evaluate(expression.left, known), evaluate(expression.right, known)
     if (left is None) == (right is None):
         return None

@@ -75,6 +75,24 @@ class Doubled(nn.Module):
         return self.down(a.relu() * b.sigmoid())
 
 
+class Parts(nn.Module):
+    """A size from two attributes and one from a size read at run time, as in selective kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels, self.parts = 12, 2
+        self.up = nn.Conv2d(3, 12, 1)
+        self.a, self.b = nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.split(self.up(x).relu(), self.channels // self.parts, 1)
+        x = self.a(a) * self.b(b)
+        width = x.shape[1]
+        x = x.view(x.shape[0], self.parts, width // self.parts, *x.shape[2:]).softmax(dim=1)
+        return self.head(x[:, 0])
+
+
 class Shared(nn.Module):
     """One number for two axes that nothing else ties."""
 
@@ -120,6 +138,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "heads": (Heads, _tokens),
     "split": (Split, _images),
     "doubled": (Doubled, _images),
+    "parts": (Parts, _images),
     "shared": (Shared, _vectors),
     "hard-coded": (HardCoded, _images),
 }

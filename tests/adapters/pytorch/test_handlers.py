@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from prunus.adapters.pytorch.handlers import handled_name, install_handlers, known, needed
 from prunus.core.errors import PlanError
@@ -77,6 +78,17 @@ def test_the_function_stays(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(SHORT)))
 def test_the_function_stays_in_every_family(name: str) -> None:
     _check(name)
+
+
+def test_the_function_of_a_video_swin_stays_with_and_without_padding() -> None:
+    torch.manual_seed(0)
+    layer = ShiftedWindowAttention3d(12, [4, 3, 3], [2, 1, 1], num_heads=3).eval()
+    nn.init.normal_(layer.relative_position_bias_table)
+    inputs = [torch.randn(2, *size, 12) for size in ((8, 6, 6), (7, 5, 7), (2, 6, 6))]
+    with torch.no_grad():
+        expected = [layer(x) for x in inputs]
+        install_handlers(layer, needed(layer))
+        assert all(torch.equal(layer(x), y) for x, y in zip(inputs, expected, strict=True))
 
 
 def test_every_handler_names_a_class_that_exists() -> None:
