@@ -146,8 +146,9 @@ def prune(
     method = find_method(settings, registry)
     with _prepared(folder, resume, overwrite):
         started = time.monotonic()
-        session = (open_session or registry.adapter(settings.adapter))(settings)
-        settings = method.resolved(session.settings)
+        # resolved first: a plan's provenance is the same whether the settings came from a user or a run.toml
+        session = (open_session or registry.adapter(settings.adapter))(method.resolved(settings))
+        settings = session.settings
         table = latency_target.timed(session, settings.parsed_targets, folder, resume)
         task = make_task(settings, method, session, latency_target.full_cost(session, table))
         display.opened(session.describe(), settings, task.budget)
