@@ -1,4 +1,4 @@
-"""`optimize export`: a finished run as a file that other runtimes read."""
+"""`optimize export`: a finished run as a file that other runtimes read, or a folder for a model hub."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ if TYPE_CHECKING:
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     form: Annotated[
-        Literal["onnx", "program"],
-        typer.Option("--format", help="onnx, or program: a torch.export archive (.pt2)."),
+        Literal["onnx", "program", "hub"],
+        typer.Option(
+            "--format",
+            help="onnx; program: a torch.export archive (.pt2); hub: a folder with weights and model card.",
+        ),
     ] = "onnx",
     output: Annotated[
-        Path | None, typer.Option("--output", help="File to write [RUN/model.onnx].", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output", help="File or folder to write [RUN/model.onnx, RUN/hub...].", show_default=False
+        ),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", help="With --format hub: upload to OWNER/NAME as well.", show_default=False),
     ] = None,
     data: Annotated[
         str | None,
@@ -39,20 +49,27 @@ def export(
 ) -> int:
     """Write a finished run's model for other runtimes, and prove that the file answers alike."""
     from prunus.core.errors import ConfigError
-    from prunus.core.export import SUFFIXES, Exporter
+    from prunus.core.export import OUTPUTS, Exporter, Publisher
     from prunus.core.finished import read_report, settings_for
 
+    if push is not None and (form != "hub" or push.count("/") != 1):
+        raise ConfigError(f"--push {push} takes OWNER/NAME, and --format hub", key="push")
     size = read_report(run).input_size
     settings = settings_for(run, trust, data=data)
     with stdout_for_json(as_json) as out:
         session = _opened(settings, registry, fixed_data=data is not None)
         if not isinstance(session, Exporter):
             raise ConfigError(f"adapter {settings.adapter!r} cannot export models", key="adapter")
-        report = session.export(run, output or run / f"model{SUFFIXES[form]}", form, size)
+        report = session.export(run, output or run / OUTPUTS[form], form, size)
+        address = None
+        if push is not None:
+            if not isinstance(session, Publisher):
+                raise ConfigError(f"adapter {settings.adapter!r} cannot upload models", key="push")
+            address = session.publish(report.path, push)
         if as_json:
-            out.write(json.dumps({"run": str(run), **_facts(report)}) + "\n")
+            out.write(json.dumps({"run": str(run), **_facts(report), "address": address}) + "\n")
         else:
-            _show(report)
+            _show(report, address)
     return 0
 
 
@@ -89,7 +106,7 @@ def _facts(report: ExportReport) -> dict[str, Any]:
     }
 
 
-def _show(report: ExportReport) -> None:
+def _show(report: ExportReport, address: str | None) -> None:
     from rich.console import Console
 
     from prunus.core.display import human
@@ -104,3 +121,7 @@ def _show(report: ExportReport) -> None:
         )
     for note in report.notes:
         console.print(f"  note: {note}", style="yellow")
+    if report.format == "hub":
+        console.print(f'  in Python: prunus.adapters.pytorch.from_pretrained("{report.path}")', soft_wrap=True)
+    if address is not None:
+        console.print(f"  pushed to {address}", soft_wrap=True)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-ExportFormat = Literal["onnx", "program"]
-"""`onnx`: an ONNX file. `program`: a torch.export archive (.pt2)."""
-SUFFIXES: dict[ExportFormat, str] = {"onnx": ".onnx", "program": ".pt2"}
+ExportFormat = Literal["onnx", "program", "hub"]
+"""`onnx`: an ONNX file. `program`: a torch.export archive (.pt2). `hub`: a folder for a model hub."""
+OUTPUTS: dict[ExportFormat, str] = {"onnx": "model.onnx", "program": "model.pt2", "hub": "hub"}
+"""What an export is called inside the run's folder."""
 TOLERANCE = 1e-4
 """Largest difference to the model's own output that an export may show, as a share of the largest output."""
 
@@ -51,7 +52,7 @@ class ExportReport:
 
 @runtime_checkable
 class Exporter(Protocol):
-    """A session whose framework writes files for other runtimes."""
+    """A session whose framework writes files for other runtimes, or folders for a model hub."""
 
     def export(
         self, folder: Path, path: Path, form: ExportFormat, input_size: tuple[int, int, int]
@@ -62,4 +63,13 @@ class Exporter(Protocol):
         TraceError if the model has no such form, VerificationError if the file answers differently,
         MissingDependencyError without the packages it takes.
         """
+        ...
+
+
+@runtime_checkable
+class Publisher(Protocol):
+    """A session that can upload a folder written in the format `hub`."""
+
+    def publish(self, folder: Path, repository: str) -> str:
+        """Upload to `OWNER/NAME` and return its address. Raises LoadError if the hub does not take it."""
         ...

@@ -72,7 +72,7 @@ def save_artifact(
     write_plan(folder, plan)
     again = assemble(folder, build)
     again.to(next(model.parameters()).device)
-    difference = _largest_difference(_answer(model, example), _answer(again, example))
+    difference = largest_difference(answer(model, example), answer(again, example))
     if difference != 0.0:
         raise VerificationError(
             f"the model in {folder}, loaded again, differs by {difference:.3g} from the one in memory",
@@ -95,14 +95,19 @@ def load(folder: str | Path, *, original: nn.Module | None = None, trust: bool =
 
 def assemble(folder: Path, build: Builder) -> nn.Module:
     """The model of `folder`, made from the original that `build` gives."""
-    plan = read_plan(folder)
+    return rebuilt(read_plan(folder), folder / WEIGHTS_FILE, build)
+
+
+def rebuilt(plan: PruningPlan, weights: Path, build: Builder) -> nn.Module:
+    """The model of `plan` with the `weights` of a file, made from the original that `build` gives."""
     model = build(plan.model)
     apply_plan(model, plan)
-    load_strictly(model, read_tensors(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+    load_strictly(model, read_tensors(weights), str(weights))
     return model.eval()
 
 
-def _answer(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
+def answer(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
+    """All tensors of the model's output, in eval mode."""
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -112,7 +117,8 @@ def _answer(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def _largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+def largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    """The largest absolute difference of two outputs: 0 for equality bit for bit, infinite for other shapes."""
     if [t.shape for t in first] != [t.shape for t in second]:
         return float("inf")
     worst = 0.0

@@ -20,6 +20,7 @@ from prunus.adapters.pytorch.datasets import DataSource, LoadOptions, load_data,
 from prunus.adapters.pytorch.defaults import filled
 from prunus.adapters.pytorch.evaluation import evaluate
 from prunus.adapters.pytorch.export import EXPORTS
+from prunus.adapters.pytorch.hub import push_folder, write_folder
 from prunus.adapters.pytorch.latency import measure_pair
 from prunus.adapters.pytorch.latency_table import latency, latency_table
 from prunus.adapters.pytorch.optimizers import TrainingSettings
@@ -156,9 +157,15 @@ class PyTorchSession:
     def export(
         self, folder: Path, path: Path, form: ExportFormat, input_size: tuple[int, int, int]
     ) -> ExportReport:
-        real = None if self._bundle is None else (next(iter(self._bundle.test))[0][:8],)
-        example = replace(self._built.input, size=input_size).example(2)
-        return EXPORTS[form](load(folder, trust=self.settings.trust), example, path, real=real)
+        real = None if self._bundle is None else next(iter(self._bundle.test))[0][:8]
+        spec, trust = replace(self._built.input, size=input_size), self.settings.trust
+        if form == "hub":
+            return write_folder(folder, path, spec, real=real, trust=trust)
+        images = None if real is None else (real,)
+        return EXPORTS[form](load(folder, trust=trust), spec.example(2), path, real=images)
+
+    def publish(self, folder: Path, repository: str) -> str:
+        return push_folder(folder, repository)
 
     def compare_latency(
         self,
