@@ -146,6 +146,7 @@ def summary(report: Report) -> RenderableType:
     lines: list[RenderableType] = [_sizes(report), _stages(report.widths), Text(proof(report))]
     if report.latency is not None:
         lines.append(Text(report.latency.message[:1].upper() + report.latency.message[1:] + "."))
+    lines += [Text(f"Note: {note}.", style="yellow") for note in report.notes]
     lines += [Text(f"Run folder: {report.run} ({report.seconds:.0f} s)"), next_steps]
     return Group(*lines)
 

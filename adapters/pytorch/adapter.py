@@ -161,6 +161,8 @@ class PyTorchAdapter:
 
     def watch(self, watcher: Watcher) -> None:
         self._watcher = watcher
+        if self.data is not None:
+            self.data.broken.listen(watcher.notice)
 
     def trace(self) -> ChannelGraph:
         return self.original_graph

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from prunus.adapters.pytorch.artifact import load
 from prunus.adapters.pytorch.catalog import BuiltModel
 from prunus.adapters.pytorch.defaults import filled
-from prunus.adapters.pytorch.session import PyTorchSession, open_session
+from prunus.adapters.pytorch.session import PyTorchSession, open_session, output_classes
 from prunus.adapters.pytorch.user_data import GivenInputs, bundle_of
 from prunus.adapters.pytorch.verification import prepare
 from prunus.core.adapter import Description
 from prunus.core.budget import Budget
 from prunus.core.directives import Directive, Observation
-from prunus.core.errors import ConfigError
+from prunus.core.errors import ConfigError, LoadError
 from prunus.core.graph import ChannelGraph
 from prunus.core.plan import ModelSource, PruningPlan
 from prunus.core.pruning import prune as run_to_the_end
@@ -140,7 +140,11 @@ def session_of(
     built = BuiltModel(
         own, ModelSource(name=name), inputs, trained, bundle.classes if bundle is not None else None
     )
-    return PyTorchSession(settings, built, bundle, lambda source: copy.deepcopy(fresh))
+    session = PyTorchSession(settings, built, bundle, lambda source: copy.deepcopy(fresh))
+    outputs = output_classes(copy.deepcopy(fresh), inputs.args) if bundle is not None else None
+    if bundle is not None and outputs is not None and outputs < bundle.classes:
+        raise LoadError(f"train_data has a class {bundle.classes - 1}, the model knows 0..{outputs - 1}")
+    return session
 
 
 def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certified: bool = True) -> ChannelGraph:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from prunus.adapters.pytorch.broken_images import BrokenImages
 from prunus.core.cost import IntArray
 from prunus.core.errors import LoadError
 
@@ -58,6 +59,8 @@ class DataBundle:
     classes: int
     class_names: tuple[str, ...]
     in_chans: int
+    broken: BrokenImages = field(default_factory=BrokenImages)
+    """What its readers could not read so far."""
 
 
 def take_part(indices: IntArray, images: int | None, fold: tuple[int, int]) -> IntArray:

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, create_dataset, get_img_extensions
 
 from prunus.adapters.pytorch.array_images import ArrayBatches, ArrayImages, ArrayTrainBatches
 from prunus.adapters.pytorch.batches import DataBundle, stratified_split, stratified_subset
+from prunus.adapters.pytorch.broken_images import BrokenImages
 from prunus.adapters.pytorch.file_images import FileBatches, FileImages, FileTrainBatches, LoaderSettings
 from prunus.adapters.pytorch.inputs import ImageFacts, InputSpec
 from prunus.core.cost import IntArray
@@ -139,14 +140,16 @@ class FileSource(DataSource):
         settings = LoaderSettings(options.batch_size, options.workers)
         plain = FileImages(self.train, spec, training=False)
         test = FileImages(self.test, spec, training=False)
+        broken = BrokenImages()
         return DataBundle(
-            train=FileTrainBatches(FileImages(self.train, spec, training=True), fitting, settings),
-            holdout=FileBatches(plain, held, settings),
-            calibration=FileBatches(plain, fitting[order], settings),
-            test=FileBatches(test, np.arange(len(test)), settings),
+            train=FileTrainBatches(FileImages(self.train, spec, training=True), fitting, settings, broken),
+            holdout=FileBatches(plain, held, settings, broken),
+            calibration=FileBatches(plain, fitting[order], settings, broken),
+            test=FileBatches(test, np.arange(len(test)), settings, broken),
             classes=self.classes,
             class_names=self.class_names,
             in_chans=self.in_chans,
+            broken=broken,
         )
 
 
@@ -234,11 +237,12 @@ def _folder(root: Path) -> DataSource:
             f"{', '.join(odd[:5])} {'is' if len(odd) == 1 else 'are'} in one of them only"
         )
     mapping = {name: i for i, name in enumerate(names[train])}
+    endings = sorted(get_img_extensions())
     datasets = []
     for part in (train, test):
         for name in names[part]:
-            if not any(entry.is_file() for entry in (part / name).rglob("*")):
-                raise LoadError(f"{part / name} holds no images; every class needs some")
+            if not any(entry.suffix.lower() in endings for entry in (part / name).rglob("*")):
+                raise LoadError(f"{part / name} holds no images; every class needs some ({', '.join(endings)})")
         try:
             datasets.append(ImageDataset(str(part), class_map=mapping))
         except (RuntimeError, AssertionError, OSError) as error:

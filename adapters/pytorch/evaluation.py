@@ -42,10 +42,10 @@ def evaluate(module: nn.Module, batches: Iterable[Batch], device: str = "cpu") -
             logits = logits_of(module(images)).float()
             if not bool(torch.isfinite(logits).all()):
                 raise TrainingError("the model's outputs are NaN or infinite; nothing can be evaluated")
-            if int(labels.max()) >= logits.shape[1]:
-                raise LoadError(
-                    f"the data has a class {int(labels.max())}, the model knows {logits.shape[1]} classes"
-                )
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= logits.shape[1]:
+                wrong = low if low < 0 else high
+                raise LoadError(f"the data has a class {wrong}, the model knows 0..{logits.shape[1] - 1}")
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
             samples += len(labels)

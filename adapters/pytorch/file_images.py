@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,23 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prunus.adapters.pytorch.batches import Batch, take_part
+from prunus.adapters.pytorch.broken_images import BrokenImages
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.core.cost import IntArray
 from prunus.core.errors import LoadError
 
-_LOG = logging.getLogger("prunus.data")
 _TRIES = 20
+_RAISED = f"{LoadError.__module__}.{LoadError.__qualname__}: "
 
 _Ticket = tuple[int, int]
 """(index of the image, seed of its augmentation)"""
 
 
-Tickets = Dataset[tuple[Tensor, int]]
+Sample = tuple[Tensor, int, str]
+"""Image, label, and the images that could not be read in its place, as lines "NAME (REASON)"."""
+Tickets = Dataset[Sample]
 """A data set that is indexed by tickets."""
 
 
@@ -52,7 +55,7 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class FileImages(Dataset[tuple[Tensor, int]]):
+class FileImages(Dataset[Sample]):
     """Answers tickets: the augmentation of an image depends on its ticket alone, not on the worker."""
 
     def __init__(self, images: Any, spec: InputSpec, training: bool) -> None:
@@ -71,33 +74,51 @@ class FileImages(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, ticket: _Ticket) -> tuple[Tensor, int]:
+    def __getitem__(self, ticket: _Ticket) -> Sample:
         index, seed = ticket
-        image, label = self._readable(index)
+        image, label, problems = self._readable(index)
         with seeded(seed):
-            return self._transform(image), label
+            return self._transform(image), label, problems
 
-    def _readable(self, index: int) -> tuple[Any, int]:
-        """The image, or the next that can be read, with a notice: one broken file ends no training."""
-        for attempt in range(_TRIES):
+    def _readable(self, index: int) -> tuple[Any, int, str]:
+        """The image, or the next that can be read: one broken file ends no training."""
+        problems: list[str] = []
+        for attempt in range(min(_TRIES, len(self))):
             position = (index + attempt) % len(self)
             try:
-                image, label = self._images[position]
-                return image.convert(self._mode), int(label)
-            except (OSError, ValueError, SyntaxError) as error:
-                _LOG.warning("image %s cannot be read (%s); the next one is taken", self._name(position), error)
-        raise LoadError(f"{_TRIES} images in a row cannot be read, from {self._name(index)} on")
+                return *self._read(position), "\n".join(problems)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                problems.append(f"{self._name(position)} ({_without_object(reason)})")
+        raise LoadError(f"{len(problems)} images in a row cannot be read, the first is {problems[0]}")
+
+    def _read(self, position: int) -> tuple[Any, int]:
+        reader = getattr(self._images, "reader", None)
+        if reader is None:
+            image, label = self._images[position]
+            return image.convert(self._mode), int(label)
+        content, label = reader[position]  # the data set around it would pass over broken files by itself
+        with Image.open(content) as image:
+            return image.convert(self._mode), int(label)
 
     def _name(self, index: int) -> str:
         samples = getattr(getattr(self._images, "reader", None), "samples", None)
         return str(samples[index][0]) if samples else f"number {index}"
 
 
-class FileBatches:
-    """Unaugmented batches, in a fixed order."""
+def _without_object(reason: str) -> str:
+    """Pillow names the file object, which says nothing to people."""
+    return reason.partition(" <_io")[0]
 
-    def __init__(self, data: Tickets, order: IntArray, settings: LoaderSettings) -> None:
+
+class FileBatches:
+    """Unaugmented batches, in a fixed order, without the images that cannot be read."""
+
+    def __init__(
+        self, data: Tickets, order: IntArray, settings: LoaderSettings, broken: BrokenImages | None = None
+    ) -> None:
         self._data, self._order, self._settings = data, order, settings
+        self._broken = broken or BrokenImages()
 
     @property
     def samples(self) -> int:
@@ -106,17 +127,30 @@ class FileBatches:
     def __iter__(self) -> Iterator[Batch]:
         tickets = [(int(i), 0) for i in self._order]
         size = self._settings.batch_size
-        yield from _load(self._data, [tickets[i : i + size] for i in range(0, len(tickets), size)], self._settings)
+        batches = [tickets[i : i + size] for i in range(0, len(tickets), size)]
+        read = 0
+        for images, labels, problems in _load(self._data, batches, self._settings, self._broken):
+            whole = torch.tensor([not problem for problem in problems])
+            read += int(whole.sum())
+            if bool(whole.all()):
+                yield images, labels
+            elif bool(whole.any()):
+                yield images[whole], labels[whole]
+        if tickets and not read:
+            raise LoadError(f"none of the {len(tickets)} images can be read: {'; '.join(self._broken.notes)}")
 
     def part(self, images: int | None = None, fold: tuple[int, int] = (0, 1)) -> FileBatches:
-        return FileBatches(self._data, take_part(self._order, images, fold), self._settings)
+        return FileBatches(self._data, take_part(self._order, images, fold), self._settings, self._broken)
 
 
 class FileTrainBatches:
     """Batches augmented as timm does for training: random resized crop, mirror, colour jitter."""
 
-    def __init__(self, data: Tickets, indices: IntArray, settings: LoaderSettings) -> None:
+    def __init__(
+        self, data: Tickets, indices: IntArray, settings: LoaderSettings, broken: BrokenImages | None = None
+    ) -> None:
         self._data, self._indices, self._settings = data, indices, settings
+        self._broken = broken or BrokenImages()
 
     @property
     def samples(self) -> int:
@@ -132,12 +166,14 @@ class FileTrainBatches:
         seeds = rng.integers(0, 2**31, len(order))
         tickets = [(int(i), int(s)) for i, s in zip(order, seeds, strict=True)]
         size = self._settings.batch_size
-        yield from _load(
-            self._data, [tickets[i * size : (i + 1) * size] for i in range(self.steps)], self._settings
-        )
+        batches = [tickets[i * size : (i + 1) * size] for i in range(self.steps)]
+        for images, labels, _ in _load(self._data, batches, self._settings, self._broken):
+            yield images, labels
 
 
-def _load(data: Tickets, batches: Sequence[Sequence[_Ticket]], settings: LoaderSettings) -> Iterator[Batch]:
+def _load(
+    data: Tickets, batches: Sequence[Sequence[_Ticket]], settings: LoaderSettings, broken: BrokenImages
+) -> Iterator[tuple[Tensor, Tensor, Sequence[str]]]:
     # the loader's own generator: building one must not draw from the global random numbers
     loader = DataLoader(
         data,
@@ -145,5 +181,10 @@ def _load(data: Tickets, batches: Sequence[Sequence[_Ticket]], settings: LoaderS
         num_workers=min(settings.workers, len(batches)),
         generator=torch.Generator().manual_seed(0),
     )
-    for images, labels in loader:
-        yield images, labels.long()
+    try:
+        for images, labels, problems in loader:
+            for problem in problems:
+                broken.meet(problem)
+            yield images, labels.long(), problems
+    except LoadError as error:  # from a worker it comes with that process's traceback around it
+        raise LoadError(str(error).strip().splitlines()[-1].removeprefix(_RAISED)) from None

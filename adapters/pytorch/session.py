@@ -91,7 +91,7 @@ class PyTorchSession:
             model, source = built.module, built.source
         macs = _forward_macs(model, self._built.input.example(1))
         label = f"user-{index}"
-        classes = _classes(model, self._built.input.example(1))
+        classes = output_classes(model, self._built.input.example(1))
         if classes != self._bundle.classes:
             raise LoadError(
                 f"teacher {name!r} answers with {classes} classes, the data has {self._bundle.classes}"
@@ -138,7 +138,7 @@ class PyTorchSession:
             images=images,
             device=self._device,
             versions=_versions(),
-            notes=self._built.notes,
+            notes=(*self._built.notes, *(self._bundle.broken.notes if self._bundle is not None else ())),
         )
 
     def test(self) -> Evaluated | None:
@@ -257,7 +257,8 @@ def _forward_macs(model: nn.Module, example: tuple[Any, ...]) -> float:
     return counter.get_total_flops() / 2
 
 
-def _classes(model: nn.Module, example: tuple[Any, ...]) -> int | None:
+def output_classes(model: nn.Module, example: tuple[Any, ...]) -> int | None:
+    """The length of the output for each sample; None where it is no (batch, classes)."""
     with torch.no_grad():
         output = model.eval()(*example)
     return int(output.shape[1]) if isinstance(output, torch.Tensor) and output.ndim == 2 else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prunus.adapters.pytorch.batches import DataBundle, stratified_split
-from prunus.adapters.pytorch.file_images import FileBatches, FileTrainBatches, LoaderSettings, seeded
+from prunus.adapters.pytorch.file_images import FileBatches, FileTrainBatches, LoaderSettings, Sample, seeded
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.core.cost import IntArray
 from prunus.core.errors import ConfigError, LoadError
@@ -47,7 +47,7 @@ class GivenInputs(InputSpec):
         return tuple(noise(value) for value in self.args)
 
 
-class SeededSamples(Dataset[tuple[Tensor, int]]):
+class SeededSamples(Dataset[Sample]):
     """A user's data set, whose own random augmentation depends on the ticket (index, seed) alone."""
 
     def __init__(self, data: Dataset[Any]) -> None:
@@ -56,11 +56,22 @@ class SeededSamples(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self._data)  # type: ignore[arg-type]
 
-    def __getitem__(self, ticket: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, ticket: tuple[int, int]) -> Sample:
+        """Raises LoadError, naming the sample, for what is no finite image tensor with a class number."""
         index, seed = ticket
         with seeded(seed):
             image, label = self._data[index][:2]
-        return image, int(label)
+        if not isinstance(image, Tensor):
+            raise LoadError(
+                f"sample {index} of the data set is a {type(image).__name__}, not an image tensor; "
+                "add a transform such as torchvision's ToTensor"
+            )
+        if image.is_floating_point() and not bool(torch.isfinite(image).all()):
+            raise LoadError(f"sample {index} of the data set holds NaN or infinity; repair it or leave it out")
+        try:
+            return image, int(label), ""
+        except (TypeError, ValueError):
+            raise LoadError(f"sample {index} of the data set has the label {label!r}, no class number") from None
 
 
 def bundle_of(
