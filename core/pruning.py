@@ -197,12 +197,14 @@ def _prepared(folder: RunFolder, resume: bool, overwrite: bool) -> Iterator[None
     """The folder, checked and locked. A new run that fails before its journal begins leaves nothing behind."""
     if resume:
         with RunLock(folder.path):
+            folder.sweep()
             yield
         return
     fresh = not folder.path.exists()
     folder.check(overwrite)
     folder.path.mkdir(parents=True, exist_ok=True)
     with RunLock(folder.path):
+        folder.sweep()
         try:
             yield
         except BaseException:

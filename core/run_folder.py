@@ -32,7 +32,11 @@ _FILES = (
     "model.onnx.data",
     "model.pt2",
 )
+_HUB = ("README.md", "config.json", "model.safetensors")
+"""What an export for a model hub leaves in the folder hub/."""
 _FOLDERS = ("journal", "checkpoint")
+_HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp")
+"""What a process that was killed while it wrote a file leaves behind."""
 MAX_JSON_BYTES = 256 * 2**20
 
 
@@ -76,7 +80,8 @@ class RunFolder:
                 raise RunExistsError(str(self.path))
             return
         try:
-            strangers = sorted({p.name for p in self.path.iterdir()} - {".lock"}) if self.path.exists() else []
+            names = {p.name for p in self.path.iterdir()} - {".lock"} if self.path.exists() else set()
+            strangers = sorted(name for name in names if not _HALF_WRITTEN.fullmatch(name))
         except OSError as error:
             raise ConfigError(f"folder {self.path} cannot be used: {error.strerror}", key="output") from None
         if strangers:
@@ -87,11 +92,20 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete the run's own files."""
-        for name in _FILES:
+        for name in (*_FILES, *(f"hub/{name}" for name in _HUB)):
             (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            (self.path / "hub").rmdir()
         for name in _FOLDERS:
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
+
+    def sweep(self) -> None:
+        """Delete what a killed process left half written. The folder must be locked."""
+        for folder in (self.path, self.journal):
+            for path in folder.glob(".*.tmp"):
+                if _HALF_WRITTEN.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Delete the run and its folder, if nothing else is in it."""

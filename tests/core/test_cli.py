@@ -202,6 +202,17 @@ def test_a_folder_with_other_things_in_it_is_never_touched(optimize: Optimize, t
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
+def test_what_a_killed_process_left_half_written_is_swept_away(optimize: Optimize, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    (folder / ".run.toml.4711.tmp").write_text("plug")
+    assert optimize("prune", "--plugin", "one-shot", "--output", "runs/a").code == 0
+    (folder / "journal" / ".000002.json.4711.tmp").write_text("{")
+    (folder / "notes.tmp").write_text("the user's own")
+    assert optimize("prune", "--resume", "runs/a").code == 0
+    assert [path.name for path in folder.rglob("*.tmp")] == ["notes.tmp"]
+
+
 def test_two_default_folders_do_not_collide(optimize: Optimize) -> None:
     first, second = (optimize("prune", "--plugin", "one-shot", "--json").json["run"] for _ in range(2))
     assert first != second

@@ -127,3 +127,18 @@ def test_a_run_killed_at_random_moments_ends_in_the_plan_and_weights_of_an_undis
         assert runs(*again) == 0, f"killed after {moment:.2f} s: {runs.said.read_text()}"
         assert _outcome(folder) == _outcome(whole), f"killed after {moment:.2f} s of {duration:.2f} s"
     assert killed >= 0.7 * moments
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before_says_so_and_ends_in_the_same_weights(
+    runs: Runs, tmp_path: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert runs(*_begin("gsm-anneal", whole)) == 0
+    assert runs(*_begin("gsm-anneal", broken), kill_after=0.9 * runs.cpu_seconds) == -signal.SIGKILL
+    newest = sorted(path for path in (broken / "checkpoint").iterdir() if path.suffix != ".tmp")[-1]
+    weights = next(newest.rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert runs("prune", "--resume", str(broken), "--json") == 0
+    said = " ".join(runs.said.read_text().split())
+    assert f"checkpoint {newest.name} cannot be used" in said
+    assert _outcome(broken) == _outcome(whole)
