@@ -66,8 +66,9 @@ class JointSearchConfig(PluginConfig):
     """Scale of the Gumbel perturbation of log energies, falling to 0 over the rounds."""
     sharpness: float = Field(default=1.0, ge=0.25, le=10)
     """Divides log energies before the softmax (tau)."""
-    evaluations: int = Field(default=60, ge=0)
-    """Sub-networks that ThreshNet proposes over all rounds; 0 cuts all groups at one shared threshold."""
+    evaluations: int = Field(default=0, ge=0)
+    """Sub-networks that ThreshNet proposes over all rounds; 0 cuts all groups at one shared threshold. Off by
+    default: at equal compute it has not earned its proposals yet (benchmarks/results/joint_search.md)."""
     search_share: float = Field(default=0.15, ge=0, lt=1)
     """ThreshNet proposes no more once the search has used this share of all compute."""
     offset_limit: float = Field(default=2.0, gt=1, le=8)
