@@ -79,7 +79,8 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> str:
         "Error: masked against pruned, relative to the largest output, the worst of 50% of the MACs and two seeds",
         "of random shares (25 to 95% of each group). Reachable: the smallest share of the MACs a plan may keep.",
         "Seconds: tracing and certification (random removals tried on copies), one core. Cost:",
-        "predicted MACs and parameters equal the measured ones, before and after. Replay: the plan on a fresh",
+        "predicted MACs and parameters equal the measured ones, before and after (after: parameters alone, where",
+        "the number of proposals depends on the weights, in detection). Replay: the plan on a fresh",
         "instance gives the same model bit for bit. Backward: gradients are finite.",
         "",
         "| model | params (M) | groups | seconds (trace) | peak GiB | reachable | pruned to | error "

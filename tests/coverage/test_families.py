@@ -13,7 +13,7 @@ from typing import Any
 import ledger
 import pytest
 
-SECONDS, GIB = 900, 12
+SECONDS, GIB = 900, 20
 EXAMINATION = Path(__file__).with_name("examination.py")
 
 

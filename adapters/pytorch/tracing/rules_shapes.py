@@ -81,6 +81,8 @@ def flip(t: Labelling, s: Step) -> Labels:
 @rule("aten.cat", "aten.concat", "aten.concatenate")
 def cat(t: Labelling, s: Step) -> Labels:
     operands = [x for x in s.arguments["tensors"] if x.shape != (0,)]
+    if not operands:  # nothing was detected
+        return t.free(s)
     axis = s.arguments["dim"] % len(s.shape)
     result: Labels = []
     for i in range(len(s.shape)):
