@@ -284,6 +284,7 @@ def begin(
     if any(wanted.quantity == "latency" for wanted in chosen.parsed_targets):
         raise ConfigError("latency targets are for prune(); in a loop of your own set macs, params or size")
     method = find_method(chosen, Registry.discover())
+    chosen = method.resolved(chosen)
     steps = _steps_per_epoch(steps_per_epoch, train_data)
     _check_optimizer(optimizer, model)
     average = _average_of(ema, model)
@@ -296,7 +297,7 @@ def begin(
     if average is not None:
         install_handlers(average, session.adapter.plan.handlers)
         session.adapter.companions.append(average)
-    resolved = method.resolved(session.settings)
+    resolved = session.settings
     task = make_task(resolved, method, session, session.graph.cost())
     kept = _Kept(session, steps)
     preamble = make_preamble(resolved, method, session)
