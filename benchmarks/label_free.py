@@ -22,12 +22,13 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunus.adapters.pytorch.adapter import AdapterSettings, Origin, PyTorchAdapter
+from prunus.adapters.pytorch.adapter import AdapterSettings, PyTorchAdapter
 from prunus.adapters.pytorch.array_images import ArrayBatches, ArrayImages, ArrayTrainBatches, normalised
 from prunus.adapters.pytorch.batches import DataBundle
 from prunus.adapters.pytorch.catalog import build, construct
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.optimizers import TrainingSettings
+from prunus.adapters.pytorch.shrinking_model import Origin
 from prunus.core.budget import Budget, Target
 from prunus.core.directives import Note
 from prunus.core.importance import ImportanceEstimator

@@ -81,9 +81,7 @@ def line_chart(
         f'<text x="{(frame.left + frame.width - frame.right) / 2}" y="{frame.height - 6}" '
         f'text-anchor="middle">{escape(x_label)}</text>'
     )
-    legend = "".join(
-        f'<span><i class="c{i % _COLOURS}"></i>{escape(s.name)}</span>' for i, s in enumerate(drawn)
-    )
+    legend = "".join(f'<span><i class="c{i % _COLOURS}"></i>{escape(s.name)}</span>' for i, s in enumerate(drawn))
     legend = f'<div class="legend">{legend}</div>' if len(drawn) > 1 else ""
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {frame.width} {frame.height}" '

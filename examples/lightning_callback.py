@@ -1,7 +1,7 @@
 """Prune inside Lightning's loop: a callback that begins a run and tells it of every step.
 
-    pip install lightning
-    python examples/lightning_callback.py [--epochs 4] [--plugin gsm-anneal] [--target macs=50%]
+pip install lightning
+python examples/lightning_callback.py [--epochs 4] [--plugin gsm-anneal] [--target macs=50%]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prune inside a training loop of your own: the lines with `run` are all that is added to it.
 
-    python examples/plain_loop.py [--epochs 4] [--plugin gsm-anneal] [--target macs=50%] [--output runs/plain]
+python examples/plain_loop.py [--epochs 4] [--plugin gsm-anneal] [--target macs=50%] [--output runs/plain]
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ directive does to tensors is in the modules that this one calls; here is who is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.adapters.pytorch import surgery
 from prunus.adapters.pytorch.artifact import apply_plan
 from prunus.adapters.pytorch.averaging import WeightAverage
 from prunus.adapters.pytorch.batches import Batches, DataBundle
 from prunus.adapters.pytorch.distillation import Teacher, classification_loss
 from prunus.adapters.pytorch.evaluation import evaluate
 from prunus.adapters.pytorch.gating import Gating, fold
-from prunus.adapters.pytorch.inputs import InputSpec
-from prunus.adapters.pytorch.lineage import kept_of, kept_since, map_back, scattered, shapes_of, spread
-from prunus.adapters.pytorch.optimizer_state import carry_state
+from prunus.adapters.pytorch.lineage import map_back, spread
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.adapters.pytorch.recalibration import recalibrate
 from prunus.adapters.pytorch.refit import refit
@@ -36,15 +33,13 @@ from prunus.adapters.pytorch.run_state import (
     restore_optimizer,
     write_state,
 )
+from prunus.adapters.pytorch.shrinking_model import UNVERIFIED, Origin, ShrinkingModel
 from prunus.adapters.pytorch.signals import measure
-from prunus.adapters.pytorch.structural_copy import structural_copy
-from prunus.adapters.pytorch.tracing import Trace
 from prunus.adapters.pytorch.training import Job, Progress, Trainer
 from prunus.adapters.pytorch.unit_decay import UnitDecay
-from prunus.adapters.pytorch.verification import Prepared, prepare, verify
 from prunus.adapters.pytorch.weights import load_strictly
 from prunus.core.adapter import Watcher
-from prunus.core.cost import CostTerm, FloatArray
+from prunus.core.cost import FloatArray
 from prunus.core.directives import (
     Changed,
     Evaluate,
@@ -57,25 +52,14 @@ from prunus.core.directives import (
     Snapshot,
     Train,
     Trained,
-    Verification,
 )
 from prunus.core.errors import ConfigError, JournalError, LoadError, PlanError
 from prunus.core.graph import ChannelGraph, Keep
-from prunus.core.plan import AttributeEdit, ModelSource, PruningPlan
+from prunus.core.plan import PruningPlan
 from prunus.core.signals import NEEDS_DATA, SignalReader
 
 TRIAL_IMAGES = 512
 """Calibration images that refit a sub-network which is only evaluated."""
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where the model comes from: enough to make it again with fresh weights."""
-
-    source: ModelSource
-    input: InputSpec
-    build: Callable[[ModelSource], nn.Module]
-    provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,57 +91,48 @@ class PyTorchAdapter:
         self, model: nn.Module, origin: Origin, settings: AdapterSettings, data: DataBundle | None = None
     ) -> None:
         """Traces and certifies `model`, which must be the whole original. Raises TraceError."""
-        self.model = model
         self.origin, self.settings, self.data = origin, settings, data
-        self.snapshots: dict[str, Remembered] = {}
-        self.companions: list[nn.Module] = []
-        """Moving averages that the user keeps of the model: removals and growths change them, too."""
-        self._watcher: Watcher | None = None
-        self._prepared, self._shapes = self._look_at(model)
-        self.original_graph = self._prepared.graph.with_floors(settings.min_share, settings.multiple_of)
-        provenance = {**origin.provenance, "fingerprint": self.original_graph.fingerprint}
-        self.plan = PruningPlan.begin(origin.source, self.original_graph, provenance).model_copy(
-            update={"handlers": dict(self._prepared.handlers)}
+        self.shrinking = ShrinkingModel(
+            model, origin, settings.training.device, settings.min_share, settings.multiple_of
         )
-        self._base = self.original_graph  # the graph of the traced model: the original, or the grown one
-        self._base_plan = self.plan
-        self._graph = self._base
-        self._optimizer: torch.optim.Optimizer | None = None
+        self.snapshots: dict[str, Remembered] = {}
+        self._watcher: Watcher | None = None
         self._averaged: nn.Module | None = None
         self._target: Remembered | None = None
         self._state_changes = 0
         self._epochs_done = 0
-        self.model.to(settings.training.device)
 
-    def _look_at(self, model: nn.Module) -> tuple[Prepared, dict[str, tuple[int, ...]]]:
-        return prepare(model, self.origin.input.example(2)), shapes_of(model)
+    @property
+    def model(self) -> nn.Module:
+        """The model as it is now."""
+        return self.shrinking.module
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self.shrinking.module = model
+
+    @property
+    def plan(self) -> PruningPlan:
+        """Everything that has happened to the model so far."""
+        return self.shrinking.plan
 
     @property
     def graph(self) -> ChannelGraph:
-        return self._graph
-
-    def add_terms(self, terms: Iterable[CostTerm]) -> None:
-        """Further cost terms (latency) for the original graph and every one that descends from it.
-
-        Must come before anything is changed.
-        """
-        self._base = self._graph = self.original_graph = self.original_graph.with_terms(terms)
+        return self.shrinking.graph
 
     @property
-    def original_trace(self) -> Trace:
-        """The trace of the original model, before anything is changed."""
-        return self._prepared.trace
+    def original_graph(self) -> ChannelGraph:
+        return self.shrinking.original_graph
 
-    def narrowed(self, keep: Keep) -> nn.Module:
-        """A copy of the current model that keeps `keep` alone; kept tensors may be shared."""
-        small = structural_copy(self.model)
-        self._cut(small, keep)
-        return small
+    @property
+    def companions(self) -> list[nn.Module]:
+        """Moving averages that the user keeps of the model: removals and growths change them, too."""
+        return self.shrinking.companions
 
     @property
     def forward_macs(self) -> float:
         """MACs of one forward pass of one image through the model as it is."""
-        return self._graph.cost().macs
+        return self.shrinking.forward_macs
 
     def watch(self, watcher: Watcher) -> None:
         self._watcher = watcher
@@ -173,7 +148,7 @@ class PyTorchAdapter:
         batches: Any = ()
         if directive.signals & NEEDS_DATA:
             batches = self._split(directive.split).part(directive.images, directive.fold)
-        return measure(self.model, self._graph, batches, directive.signals, classification_loss, directive.gates)
+        return measure(self.model, self.graph, batches, directive.signals, classification_loss, directive.gates)
 
     def evaluate(self, directive: Evaluate) -> Evaluated:
         batches = self._split(directive.split).part(directive.images)
@@ -181,16 +156,16 @@ class PyTorchAdapter:
         if directive.model is not None:
             return evaluate(self._snapshot(directive.model).model, batches, device)
         if directive.within is None:
-            with Gating(self.model, self._graph, directive.gates):
+            with Gating(self.model, self.graph, directive.gates):
                 return evaluate(self.model, batches, device)
-        small, graph, gates = self._extracted(directive.within, directive.gates)
+        small, graph = self.shrinking.extracted(directive.within)
         if directive.refit != "none":
             self._refit(
-                small, self.plan.after_removal(self._graph, directive.within), directive.refit, TRIAL_IMAGES
+                small, self.plan.after_removal(self.graph, directive.within), directive.refit, TRIAL_IMAGES
             )
         if directive.recalibrate:
             recalibrate(small, self._split("calibration").part(TRIAL_IMAGES))
-        with Gating(small, graph, gates):
+        with Gating(small, graph, _of_kept(directive.gates, directive.within)):
             return evaluate(small, batches, device)
 
     def _split(self, name: str) -> Batches:
@@ -234,8 +209,8 @@ class PyTorchAdapter:
             index=self._state_changes,
             forward_macs=self.forward_macs,
             teachers=self.teachers(directive),
-            make_hook=_gating(self.model, self._graph, directive.gates),
-            decay=UnitDecay(self.model, self._graph, directive.decay) if directive.decay else None,
+            make_hook=_gating(self.model, self.graph, directive.gates),
+            decay=UnitDecay(self.model, self.graph, directive.decay) if directive.decay else None,
             average=average,
             first_epoch=self._epochs_done,
             on_epoch_end=self._epoch_ended,
@@ -248,8 +223,8 @@ class PyTorchAdapter:
 
     def _train_within(self, directive: Train, keep: Keep) -> Trained:
         """Train an extracted copy, then map its weights back to their places."""
-        small, graph, gates = self._extracted(keep, directive.gates)
-        decay = _of_kept(directive.decay, keep)
+        small, graph = self.shrinking.extracted(keep)
+        gates, decay = _of_kept(directive.gates, keep), _of_kept(directive.decay, keep)
         job = Job(
             directive=directive,
             index=self._state_changes,
@@ -260,7 +235,7 @@ class PyTorchAdapter:
             progress=self._stepped,
         )
         result = self._trainer.train(small, self.settings.training.make_optimizer(small), job)
-        map_back(small, self.model, self._graph, keep)
+        map_back(small, self.model, self.graph, keep)
         self._restart_companions()
         return result
 
@@ -272,13 +247,13 @@ class PyTorchAdapter:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """One for the whole run: its state follows every removal and growth."""
-        if self._optimizer is None:
-            self._optimizer = self.settings.training.make_optimizer(self.model)
-        return self._optimizer
+        if self.shrinking.optimizer is None:
+            self.shrinking.optimizer = self.settings.training.make_optimizer(self.model)
+        return self.shrinking.optimizer
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+        self.shrinking.optimizer = optimizer
 
     @property
     def _trainer(self) -> Trainer:
@@ -307,80 +282,31 @@ class PyTorchAdapter:
     # ---- grow, remove -----------------------------------------------------------------------------
 
     def grow(self, directive: Grow) -> Changed:
-        before, counts = self._graph, {**self._graph.units, **directive.widths}
-        if any(len(units) != self._base.units[name] for name, units in self.plan.keep.items()):
-            raise PlanError("a model can be grown only before anything is removed from it")
-        edits = self._prepared.bindings.edits(before.units, counts)
-        for model in (*self.companions, self.model):
-            wider, growth, changes = surgery.grow(
-                model, before, directive.widths, seed=self._seed, noise=directive.noise, edits=edits
-            )
-        if self._optimizer is not None:
-            carry_state(self._optimizer, changes)
-        self.plan = self.plan.after_growth(before, growth, edits)
-        self._rebase(wider)
-        self._state_changes += 1
-        return Changed(wider, self.plan, Verification("skipped", 0.0, 1.0))
-
-    def _rebase(self, graph: ChannelGraph) -> None:
-        """From now on `self.model` as it is, whose graph is `graph`, is what removals are compared with."""
-        device = self.settings.training.device
-        self._prepared, self._shapes = self._look_at(self.model.to("cpu"))
-        self.model.to(device)
-        self._base = self._graph = graph
-        self._base_plan = self.plan
+        self.shrinking.grow(directive, self._seed)
         self._target = None
+        self._state_changes += 1
+        return Changed(self.graph, self.plan, UNVERIFIED)
 
     def remove(self, directive: Remove) -> Changed:
-        before, plan = self._graph, self.plan
+        before, plan = self.graph, self.plan
         keep = before.check_keep(directive.keep)
         if directive.gates:
             for model in (self.model, *self.companions):
                 fold(model, before, directive.gates)
             self._target = None
         target = self._target = self._target or Remembered(copy.deepcopy(self.model), plan, self.forward_macs)
-        reference = (
-            scattered(self.model, self._shapes, self._base, kept_of(plan)) if self.settings.verify else None
-        )
-        edits, changes = self._cut(self.model, keep)
-        for companion in self.companions:
-            self._cut(companion, keep)
-        if self._optimizer is not None:
-            carry_state(self._optimizer, changes)
-        self.plan = plan.after_removal(before, keep, edits)
-        self._graph = before.restrict(keep)
-        verification = Verification("skipped", 0.0, 1.0)
-        if reference is not None:
-            verification = self._verify(reference)
+        verification = self.shrinking.remove(keep, verified=self.settings.verify, seed=self._seed)
         if directive.refit != "none":
             survival = directive.survival
             if survival is not None:
-                dense = self._base.restrict(kept_of(target.plan))
-                survival = spread(survival, kept_since(target.plan, plan), dense)
+                dense, kept = self.shrinking.since(target.plan, plan)
+                survival = spread(survival, kept, dense)
             self._refit(self.model, self.plan, directive.refit, directive.images, survival)
         refit_from = self._recalibrate(directive)
         if directive.refit != "none" or directive.recalibrate != "no":
             self._restart_companions()
         self._state_changes += 1
-        return Changed(self._graph, self.plan, verification, refit_from)
-
-    def _cut(self, model: nn.Module, keep: Keep) -> tuple[list[AttributeEdit], surgery.Changes]:
-        """Remove everything but `keep` from `model`: the current one, or a copy of it."""
-        before = self._graph.units
-        after = {**before, **{name: len(units) for name, units in keep.items()}}
-        edits = self._prepared.bindings.edits(before, after)
-        return edits, surgery.remove(model, self._graph, keep, edits)
-
-    def _extracted(self, keep: Keep, gates: Gates | None) -> tuple[nn.Module, ChannelGraph, Gates | None]:
-        """A copy of the current model that keeps `keep` alone, with its graph and its share of `gates`."""
-        small = copy.deepcopy(self.model)
-        self._cut(small, keep)
-        return small, self._graph.restrict(keep), _of_kept(gates, keep)
-
-    def _verify(self, reference: Mapping[str, torch.Tensor]) -> Verification:
-        device = self.settings.training.device
-        inputs = tuple(_to(x, device) for x in self.origin.input.example(2, seed=self._seed))
-        return verify(self.model, self._prepared, reference, kept_of(self.plan), inputs)
+        return Changed(self.graph, self.plan, verification, refit_from)
 
     def _refit(
         self,
@@ -396,7 +322,7 @@ class PyTorchAdapter:
         """
         if self._target is None:
             self._target = Remembered(copy.deepcopy(self.model), self.plan, self.forward_macs)
-        dense, since = self._base.restrict(kept_of(self._target.plan)), kept_since(self._target.plan, plan)
+        dense, since = self.shrinking.since(self._target.plan, plan)
         batches = self._split("calibration").part(images)
         refit(small, self._target.model, dense, dense.kept_indices(since), batches, mode, survival)
 
@@ -443,9 +369,9 @@ class PyTorchAdapter:
         write_state(
             folder,
             models,
-            self._base_plan,
+            self.shrinking.base_plan,
             self.model,
-            self._optimizer,
+            self.shrinking.optimizer,
             self._state_changes,
             self._epochs_done,
         )
@@ -456,19 +382,13 @@ class PyTorchAdapter:
         if base_plan.model != source:
             raise JournalError(f"{folder} is of the model {base_plan.model.name!r}, not {source.name!r}")
         models = {name: Remembered(*self._rebuilt(folder / name), macs) for name, macs in counters.models.items()}
-        if base_plan.grow:
-            self.model, self.plan = self.origin.build(source), base_plan
-            apply_plan(self.model, base_plan)
-            self._rebase(self.original_graph.widen(base_plan.grow)[0])
-        self.model, self.plan = models["model"].model, models["model"].plan
-        self._graph = self._base.restrict(kept_of(self.plan))
+        self.shrinking.become(base_plan, models["model"].model, models["model"].plan)
         self._target = models.get("target")
         self._averaged = models["average"].model if "average" in models else None
         for name, saved in models.items():
             if name.startswith("snapshot-"):
                 saved.model.eval()
                 self.snapshots[name.removeprefix("snapshot-")] = saved
-        self._optimizer = None
         if counters.optimizer is not None:
             restore_optimizer(folder, counters, self.model, self.optimizer)
         self._state_changes, self._epochs_done = counters.state_changes, counters.epochs_done
@@ -494,7 +414,3 @@ def _of_kept(values: Gates | None, keep: Keep) -> Gates | None:
     if values is None:
         return None
     return {name: array[keep[name]] if name in keep else array for name, array in values.items()}
-
-
-def _to(value: Any, device: str) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -65,9 +65,7 @@ def write_folder(run: Path, folder: Path, spec: InputSpec, *, real: Tensor | Non
     _refuse_strangers(folder)
     report, plan = read_report(run), read_plan(run)
     folder.mkdir(parents=True, exist_ok=True)
-    config = HubConfig(
-        architecture=plan.model.name, num_classes=report.classes, input=spec.to_json(), prunus=plan
-    )
+    config = HubConfig(architecture=plan.model.name, num_classes=report.classes, input=spec.to_json(), prunus=plan)
     write_tensors(folder / WEIGHTS_FILE, read_tensors(run / WEIGHTS_FILE), {"format": "pt"})
     write_atomically(folder / CONFIG_FILE, config.model_dump_json(by_alias=True, indent=1))
     write_atomically(folder / CARD_FILE, model_card(report, _usage(plan), _limits(plan)))

@@ -301,9 +301,7 @@ def begin(
     task = make_task(resolved, method, session, session.graph.cost())
     kept = _Kept(session, steps)
     preamble = make_preamble(resolved, method, session)
-    conducted = conduct(
-        method.policy, task, session.adapter, plugin=plugin, events=kept, preamble=preamble
-    )
+    conducted = conduct(method.policy, task, session.adapter, plugin=plugin, events=kept, preamble=preamble)
     return LoopRun(session, resolved, task.budget, conducted, kept)
 
 

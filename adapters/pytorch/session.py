@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.adapters.pytorch.adapter import AdapterSettings, Origin, PyTorchAdapter, Remembered
+from prunus.adapters.pytorch.adapter import AdapterSettings, PyTorchAdapter, Remembered
 from prunus.adapters.pytorch.artifact import PLAN_FILE, assemble, load, read_plan, save_artifact
 from prunus.adapters.pytorch.batches import DataBundle
 from prunus.adapters.pytorch.catalog import BuiltModel, build, construct
@@ -24,6 +24,7 @@ from prunus.adapters.pytorch.hub import push_folder, write_folder
 from prunus.adapters.pytorch.latency import measure_pair
 from prunus.adapters.pytorch.latency_table import latency, latency_table
 from prunus.adapters.pytorch.optimizers import TrainingSettings
+from prunus.adapters.pytorch.shrinking_model import Origin
 from prunus.core.adapter import Description
 from prunus.core.cost import CostTerm
 from prunus.core.directives import Evaluated
@@ -187,18 +188,18 @@ class PyTorchSession:
         if self._device != "cpu":
             raise ConfigError(f"latency targets are measured on the CPU; --device is {self._device}", key="device")
         adapter = self.adapter
-        trace, example = adapter.original_trace, self._built.input.example(1)
+        trace, example = adapter.shrinking.trace, self._built.input.example(1)
         return latency_table(
-            trace, self.graph, adapter.model, example, adapter.narrowed, threads=self.settings.threads
+            trace, self.graph, adapter.model, example, adapter.shrinking.narrowed, threads=self.settings.threads
         )
 
     def add_terms(self, terms: Iterable[CostTerm]) -> None:
-        self.adapter.add_terms(terms)
+        self.adapter.shrinking.add_terms(terms)
 
     def time_at(self, counts: Mapping[str, int] | None) -> float:
         model = self.adapter.model
         if counts is not None:
-            model = self.adapter.narrowed({name: range(count) for name, count in counts.items()})
+            model = self.adapter.shrinking.narrowed({name: range(count) for name, count in counts.items()})
         return latency(model, self._built.input.example(1), self.settings.threads)
 
 
