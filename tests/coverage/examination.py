@@ -73,7 +73,7 @@ def examine(name: str) -> dict[str, Any]:
     edits = prepared.bindings.edits(graph.units, graph.units | counts)
     plan = PruningPlan.begin(built.source, graph, {}).after_removal(graph, keep, edits, prepared.handlers)
     record["replayed"] = _replays(plan, model, pruned, spec.example(1))
-    record["backward"] = _trains(pruned, spec.kind, spec.example(2))
+    record["backward"] = _trains(pruned, model, spec.kind, spec.example(2))
     return record
 
 
@@ -176,14 +176,35 @@ def _replays(plan: PruningPlan, model: nn.Module, pruned: nn.Module, args: tuple
     return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True) if isinstance(a, Tensor))
 
 
-def _trains(pruned: nn.Module, kind: str, args: tuple[Any, ...]) -> bool:
-    """A backward pass in train mode (detection, whose training wants targets: eval mode) with finite gradients."""
-    pruned.train(kind != "images").requires_grad_(True)
-    outputs = pytree.tree_leaves(pruned(*args))
+def _trains(pruned: nn.Module, model: nn.Module, kind: str, args: tuple[Any, ...]) -> bool:
+    """A backward pass in train mode: finite gradients, for every parameter that has one before the removal."""
+    before, after = set(_gradients(model, kind, args)), _gradients(pruned, kind, args)
+    return bool(before) and before <= set(after) and all(after.values())
+
+
+def _gradients(model: nn.Module, kind: str, args: tuple[Any, ...]) -> dict[str, bool]:
+    """parameter -> whether its gradient is finite; parameters without one are left out."""
+    model.train().requires_grad_(True)
+    outputs = pytree.tree_leaves(model(*args, *([_targets(args[0])] if kind == "images" else [])))
     leaves = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
     torch.stack([leaf.float().square().mean() for leaf in leaves]).sum().backward()
-    gradients = [p.grad for p in pruned.parameters() if p.grad is not None]
-    return bool(gradients) and all(bool(torch.isfinite(g).all()) for g in gradients)
+    found = {n: bool(torch.isfinite(p.grad).all()) for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _targets(images: list[Tensor]) -> list[dict[str, Tensor]]:
+    """One object per image, with everything that a detection model may learn from."""
+    found = []
+    for image in images:
+        height, width = image.shape[1:]
+        left, top, right, bottom = width // 8, height // 8, width // 2, height // 2
+        mask = torch.zeros(1, height, width, dtype=torch.uint8)
+        mask[:, top:bottom, left:right] = 1
+        points = torch.tensor([[[(left + right) / 2, (top + bottom) / 2, 1.0]] * 17])
+        box = torch.tensor([[left, top, right, bottom]], dtype=torch.float32)
+        found.append({"boxes": box, "labels": torch.tensor([1]), "masks": mask, "keypoints": points})
+    return found
 
 
 def main() -> None:

@@ -81,7 +81,8 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> str:
         "Seconds: tracing and certification (random removals tried on copies), one core. Cost:",
         "predicted MACs and parameters equal the measured ones, before and after (after: parameters alone, where",
         "the number of proposals depends on the weights, in detection). Replay: the plan on a fresh",
-        "instance gives the same model bit for bit. Backward: gradients are finite.",
+        "instance gives the same model bit for bit. Backward: in train mode every parameter that had a gradient",
+        "before the removal has one after it, and it is finite.",
         "",
         "| model | params (M) | groups | seconds (trace) | peak GiB | reachable | pruned to | error "
         "| cost | replay | backward | locked |",
