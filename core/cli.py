@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from prunus.core import cli_export, cli_inspect, cli_latency, cli_plugins, cli_prune
+from prunus.core import cli_compare, cli_export, cli_inspect, cli_latency, cli_plugins, cli_prune
 
 app = typer.Typer(
     name="optimize",
@@ -25,6 +25,7 @@ app.command("evaluate")(cli_inspect.evaluate)
 app.command("report")(cli_inspect.report)
 app.command("export")(cli_export.export)
 app.command("latency")(cli_latency.latency)
+app.command("compare")(cli_compare.compare)
 app.add_typer(cli_plugins.app, name="plugins")
 
 
