@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from prunus.adapters.pytorch.selected_outputs import ordered, shared, watched
+from prunus.adapters.pytorch.decisions import Decision, decision, following, grounds
 from prunus.adapters.pytorch.structural_copy import with_tensors
 from prunus.adapters.pytorch.tracing import Trace, masked_call
+from prunus.adapters.pytorch.tracing.program import Step
 from prunus.core.directives import Verification
 from prunus.core.errors import VerificationError
 from prunus.core.graph import Keep
@@ -82,15 +83,23 @@ class _Reference:
     def outputs(self, pruned: nn.Module, args: tuple[Any, ...]) -> tuple[Any, Any]:
         """What `pruned` and the masked original answer to `args`.
 
-        The reference is the captured program; where that is true for one input alone, the Python code.
+        The reference is the captured program; where that is true for one input alone, the Python code: then
+        `pruned` goes the way of its decisions, and what they were taken on belongs to the answers.
         """
         if not self.trace.program.concrete:
             return pruned(*args), self.trace.masked_output(self.tensors, self.keep, args)
+        taken: list[Decision] = []
+
+        def observe(step: Step, arguments: Mapping[str, Any], result: Any) -> None:
+            found = decision(step, arguments, result)
+            if found is not None:
+                taken.append(found)
+
         whole = with_tensors(self.bare, self.tensors)
-        with watched(pruned) as got, watched(whole) as expected:
-            outputs = ordered(pruned(*args)), ordered(masked_call(whole, self.trace.graph, self.keep, args))
-        inner = shared(got, expected)
-        return (outputs[0], inner[0]), (outputs[1], inner[1])
+        expected = masked_call(whole, self.trace.graph, self.keep, args, observe=observe)
+        outputs, own = following(pruned, taken, args)
+        mine, theirs = grounds(own, taken)
+        return (outputs, mine), (expected, theirs)
 
     def double(self) -> _Reference:
         return _Reference(self.trace, copy.deepcopy(self.bare).double(), _double(self.tensors), self.keep)
@@ -118,9 +127,15 @@ def distance(got: Any, expected: Any) -> Worst:
     worst: Worst = (0.0, 0.0)
     for a, b in zip(found, wanted, strict=True):
         if b.numel():
-            error, scale = float((a.double() - b.double()).abs().max()), float(b.double().abs().max())
+            a, b = a.double(), b.double()
+            error, scale = float((a - b).masked_fill(a == b, 0.0).abs().max()), float(_finite(b).abs().max())
             worst = max(worst, (error if math.isfinite(error) else math.inf, scale), key=_rank)
     return worst
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Infinity marks what is left out, and is no scale to measure by."""
+    return values.masked_fill(values.isinf(), 0.0)
 
 
 def _relative(worst: Worst) -> float:

@@ -8,7 +8,7 @@ so a coupling that the graph does not know shows up as a contradiction, and rais
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ from prunus.core.cost import IntArray
 from prunus.core.errors import TraceError
 from prunus.core.graph import ChannelGraph
 
+Observer = Callable[[Step, Mapping[str, Any], Any], object]
+"""Called with an operator, its arguments by name and its masked result."""
+
 
 def masked_call(
     model: nn.Module,
@@ -32,13 +35,14 @@ def masked_call(
     keep: Mapping[str, Sequence[int]],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
+    observe: Observer | None = None,
 ) -> Any:
-    """What `model` (whole, in eval mode) computes when only `keep` lives.
+    """What `model` (whole, in eval mode) computes when only `keep` lives; `observe` sees every operator.
 
     Raises TraceError if this call couples channels in a way that `graph` does not know.
     """
     with as_found(model, training=False), torch.no_grad():
-        recorder = _Masking(model, graph, keep)
+        recorder = _Masking(model, graph, keep, observe)
         with recorder.watching():
             result: Any = model(*args, **(kwargs or {}))
     recorder.check()
@@ -48,13 +52,26 @@ def masked_call(
 class _Masking(Recorder):
     """Masks each operator as it is recorded."""
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, keep: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        keep: Mapping[str, Sequence[int]],
+        observe: Observer | None = None,
+    ) -> None:
         super().__init__(model)
+        self._observe = observe
         self._labelling = Labelling()
         self._units = _unit_variables(self._labelling, graph)
         self._kept = graph.check_keep(keep)
 
     def _completed(self, step: Step, arguments: dict[str, Any], result: Any) -> Any:
+        result = self._masked(step, arguments, result)
+        if self._observe is not None:
+            self._observe(step, arguments, result)
+        return result
+
+    def _masked(self, step: Step, arguments: dict[str, Any], result: Any) -> Any:
         labelling = self._labelling
         before = len(labelling.contractions), len(labelling.literals)
         labelling.add_with_sources(step)
