@@ -22,7 +22,7 @@ along as attributes, so that nobody parses text.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class PrunusError(Exception):
@@ -89,9 +89,11 @@ class MissingDependencyError(LoadError, ImportError):
 class TraceError(PrunusError):
     exit_code = 4
 
-    def __init__(self, message: str, *, node: str | None = None) -> None:
+    def __init__(self, message: str, *, node: str | None = None, locks: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.node = node
+        self.locks = dict(locks or {})
+        """Groups at fault -> why they must stay whole, where that is known."""
 
 
 class VerificationError(PrunusError):

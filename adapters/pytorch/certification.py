@@ -8,7 +8,8 @@ groups that the forward cannot follow, with what went wrong as the reason.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from prunus.adapters.pytorch.equal_counts import with_locks
 from prunus.adapters.pytorch.structural_copy import structural_copy
 from prunus.adapters.pytorch.surgery import remove
 from prunus.adapters.pytorch.tracing import Trace
-from prunus.core.errors import PrunusError
+from prunus.core.errors import PrunusError, TraceError
 from prunus.core.graph import ChannelGraph
 
 SEEDS = (0, 1)
@@ -40,14 +41,12 @@ def certify(
     while True:
         graph = with_locks(trace.graph, locks)
         items = _items(graph)
-        failing = next((seed for seed in seeds if probe.fault(graph, items, seed) is not None), None)
-        if failing is None:
+        failing = next(((seed, fault) for seed in seeds if (fault := probe.fault(graph, items, seed))), None)
+        if failing is None or not items:
             return graph
-        found = probe.culprits(graph, items, failing)
-        if not found:  # each alone is right, together they are not: the last resort is to remove nothing
-            fault = probe.fault(graph, items, failing)
-            found = {name: f"together with others, {fault}" for item in items for name in item}
-        locks.update(found)
+        seed, fault = failing
+        found = {name: reason for name, reason in fault.locks.items() if name in graph.prunable}
+        locks.update(found or probe.culprits(graph, items, seed, fault))
 
 
 def random_keep(graph: ChannelGraph, seed: int, names: Sequence[str] | None = None) -> dict[str, list[int]]:
@@ -68,13 +67,22 @@ def random_keep(graph: ChannelGraph, seed: int, names: Sequence[str] | None = No
     return keep
 
 
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """What went wrong with a removal."""
+
+    message: str
+    locks: Mapping[str, str] = field(default_factory=dict)
+    """Groups known to be at fault -> why."""
+
+
 class _Probe:
     """Tries removals on copies of one model."""
 
     def __init__(self, model: nn.Module, trace: Trace, bindings: Bindings, args: tuple[Any, ...]) -> None:
         self._model, self._trace, self._bindings, self._args = model, trace, bindings, args
 
-    def fault(self, graph: ChannelGraph, items: Sequence[tuple[str, ...]], seed: int) -> str | None:
+    def fault(self, graph: ChannelGraph, items: Sequence[tuple[str, ...]], seed: int) -> _Fault | None:
         """What goes wrong when the groups of `items` shrink at random, None if nothing does."""
         keep = random_keep(graph, seed, [name for item in items for name in item])
         counts = graph.units | {name: len(units) for name, units in keep.items()}
@@ -82,32 +90,44 @@ class _Probe:
         try:
             remove(pruned, graph, keep, self._bindings.edits(graph.units, counts))
             compare(pruned, self._trace, state_of(self._model), keep, self._args, bare=self._model)
+        except TraceError as error:
+            return _Fault(str(error), error.locks)
         except PrunusError as error:
-            return str(error)
+            return _Fault(str(error))
         except Exception as error:  # the model's own code, with sizes it does not expect
             message = (str(error).strip().splitlines() or [""])[0][:200]
-            return f"its forward fails: {type(error).__name__}: {message}"
+            return _Fault(f"its forward fails: {type(error).__name__}: {message}")
         finally:
             del pruned
             gc.collect(0)
         return None
 
-    def culprits(self, graph: ChannelGraph, items: Sequence[tuple[str, ...]], seed: int) -> dict[str, str]:
-        """group -> what goes wrong with it, by halving."""
+    def culprits(
+        self, graph: ChannelGraph, items: Sequence[tuple[str, ...]], seed: int, fault: _Fault
+    ) -> dict[str, str]:
+        """group -> what goes wrong with it, by halving; all `items` together have `fault`."""
         accepted: list[tuple[str, ...]] = []
         found: dict[str, str] = {}
-        stack = [list(items)]
-        while stack:
-            candidates = stack.pop()
-            fault = self.fault(graph, [*accepted, *candidates], seed)
-            if fault is None:
-                accepted.extend(candidates)
-            elif len(candidates) == 1:
-                found.update(dict.fromkeys(candidates[0], f"the forward pass cannot follow: {fault}"))
+
+        def search(failing: Sequence[tuple[str, ...]], fault: _Fault) -> None:
+            """`failing` has `fault` together with what is accepted by now."""
+            if len(failing) == 1:
+                found.update(dict.fromkeys(failing[0], f"the forward pass cannot follow: {fault.message}"))
+                return
+            halves = failing[: len(failing) // 2], failing[len(failing) // 2 :]
+            before = self.fault(graph, [*accepted, *halves[0]], seed)
+            if before is None:  # then it is the other half, with the fault that is known
+                accepted.extend(halves[0])
+                search(halves[1], fault)
+                return
+            search(halves[0], before)
+            after = self.fault(graph, [*accepted, *halves[1]], seed)
+            if after is None:
+                accepted.extend(halves[1])
             else:
-                half = len(candidates) // 2
-                stack.append(candidates[half:])
-                stack.append(candidates[:half])
+                search(halves[1], after)
+
+        search(items, fault)
         return found
 
 

@@ -108,9 +108,17 @@ class _Masking(Recorder):
         if len(np.unique(variables.roots(units))) != len(units):
             raise TraceError("this input couples channels that were independent while tracing; trace with it")
         dead = self._dead()
-        for leaf, reason in variables.locked().items():
-            if dead[leaf]:
-                raise TraceError(f"a removed unit is needed on this input: {reason}; trace with this input")
+        needed = {leaf: reason for leaf, reason in variables.locked().items() if dead[leaf]}
+        if needed:
+            raise TraceError(
+                f"a removed unit is needed on this input: {next(iter(needed.values()))}; trace with this input",
+                locks={
+                    name: reason
+                    for leaf, reason in needed.items()
+                    for name, ids in self._units.items()
+                    if (variables.roots(ids) == leaf).any()
+                },
+            )
 
 
 def _unit_variables(labelling: Labelling, graph: ChannelGraph) -> dict[str, IntArray]:

@@ -1,0 +1,93 @@
+"""What the Python code cannot follow is locked, that alone, and soon found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prunus.adapters.pytorch import certification
+from prunus.adapters.pytorch.verification import Prepared, prepare
+
+
+class Chain(nn.Module):
+    """Ten convolutions; behind some of them the code takes a number from the width at run time."""
+
+    def __init__(self, *stubborn: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3 if i == 0 else 6, 6, 1) for i in range(10))
+        self.head = nn.Linear(6, 3)
+        self.stubborn = stubborn
+        with torch.no_grad():  # a factor anywhere is a factor of the output
+            for layer in self.layers:
+                layer.weight.abs_()
+                layer.bias.zero_()
+            self.head.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            x = layer(x).relu()
+            if number in self.stubborn:
+                x = x / float(torch.tensor(x.shape[1])) ** 0.5
+        return self.head(x.mean((2, 3)))
+
+
+class Chooser(nn.Module):
+    """Looks channels up by index where it finds something, which it does not while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.maps = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+        self.gate = nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x).relu()
+        maps, found = self.maps(features), self.gate(features).mean() > 0
+        if found:
+            maps = maps[:, torch.arange(2) * 2]
+        return maps.sum((1, 2, 3))
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> tuple[Prepared, int]:
+    """The prepared model, and how many removals were tried."""
+    tried = 0
+    whole = certification._Probe.fault
+
+    def fault(*args: object) -> object:
+        nonlocal tried
+        tried += 1
+        return whole(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(certification._Probe, "fault", fault)
+    torch.manual_seed(0)
+    return prepare(model.eval(), torch.randn(1, 3, 4, 4)), tried
+
+
+def test_nothing_is_locked_in_code_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, tried = _counted(monkeypatch, Chain())
+    assert len(prepared.graph.prunable) == 10
+    assert tried == len(certification.SEEDS)
+
+
+@pytest.mark.parametrize("stubborn", [(0,), (9,), (4,), (2, 7), (0, 1, 9)])
+def test_the_groups_at_fault_are_locked_and_no_others(
+    stubborn: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, tried = _counted(monkeypatch, Chain(*stubborn))
+    locked = {n for n, g in prepared.graph.groups.items() if g.locked and "cannot follow" in g.locked}
+    assert {int(name.split(".")[1]) for name in locked} == set(stubborn)
+    assert tried <= 3 + 5 * len(stubborn) + 2
+
+
+def test_a_group_that_is_needed_on_a_path_not_traced_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Chooser()
+    with torch.no_grad():  # the whole model finds nothing; with seven of its eight channels it does
+        for tensor, value in ((model.body.weight, 0.0), (model.body.bias, 1.0)):
+            tensor.fill_(value)
+        for tensor, value in ((model.gate.weight, -1.0), (model.gate.bias, 7.5)):
+            tensor.fill_(value)
+    prepared, tried = _counted(monkeypatch, model)
+    reasons = [g.locked for g in prepared.graph.groups.values() if g.locked]
+    assert any("looked up by index" in reason for reason in reasons)
+    assert tried <= 2 + len(certification.SEEDS)
