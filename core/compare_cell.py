@@ -20,6 +20,7 @@ from prunus.core.errors import ConfigError
 from prunus.core.plan import PruningPlan
 from prunus.core.pruning import prune
 from prunus.core.registry import Registry
+from prunus.core.report import Report
 from prunus.core.run_folder import RunFolder
 from prunus.core.settings import RunSettings
 
@@ -153,11 +154,17 @@ def _run_plugin(
         holdout=holdout.accuracy,
         macs=report.pruned.macs,
         params=report.pruned.params,
-        training_macs=report.training_macs,
+        training_macs=_compute(report),
         uses_dense=not scratch,
         notes=(f"{settings.epochs:g} epochs of the dense network's compute, from scratch",) if scratch else (),
     )
     return outcome, report.versions
+
+
+def _compute(report: Report) -> float:
+    """MACs of all trainings, and of the search where the method counted it (its note "compute")."""
+    noted = [row["values"]["macs"] for row in report.history if row.get("note") == "compute"]
+    return max(report.training_macs, *noted) if noted else report.training_macs
 
 
 def scratch_epochs(dense_epochs: float, recovery_epochs: float, share: float) -> float:

@@ -212,14 +212,14 @@ class Protocol(BaseModel):
 
     def dense_key(self, seed: int) -> str:
         """The content that a dense model follows from, as a name."""
-        return digest({"format": FORMAT, "dense": self.dense_settings(seed).model_dump(mode="json")})[:16]
+        return digest({"format": FORMAT, "dense": _plain(self.dense_settings(seed))})[:16]
 
     def key(self, cell: Cell) -> str:
         """The content that a cell's figures follow from, as a name; what the row is called is no part of it."""
         content = {
             "format": FORMAT,
             "dense": self.dense_key(cell.seed),
-            "settings": self.settings(cell, None).model_dump(mode="json"),
+            "settings": _plain(self.settings(cell, None)),
             "rival": cell.entry.rival,
             "config": cell.config,
             "teaching": cell.teaching,
@@ -236,6 +236,11 @@ def read_protocol(path: Path) -> Protocol:
         raise ConfigError(f"{path}: {first_problem(error)}", key="protocol") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}", key=error.key) from None
+
+
+def _plain(settings: RunSettings) -> dict[str, Any]:
+    """Without defaults: a setting that a later version adds makes no result stale."""
+    return settings.model_dump(mode="json", exclude_defaults=True)
 
 
 def _no_twins(field: str, values: Sequence[object]) -> None:
