@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from prunus.adapters.pytorch.adapter import AdapterSettings, PyTorchAdapter, Remembered
@@ -35,6 +36,8 @@ from prunus.core.latency import LatencyComparison, LatencyTable
 from prunus.core.plan import ModelSource, PruningPlan
 from prunus.core.settings import RunSettings
 
+_SHARED_WORK = 2e9
+"""MACs of a batch from which on several threads pay."""
 _LIBRARIES = ("torch", "torchvision", "timm", "numpy", "prunus")
 
 
@@ -50,13 +53,22 @@ class PyTorchSession:
     ) -> None:
         """`settings` must be filled; `construct_original` makes a fresh original, weights of no matter."""
         self.settings = settings
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
         self._device = _device(settings.device)
         self._built, self._bundle, self._construct = built, bundle, construct_original
         origin = Origin(built.source, built.input, construct_original, _provenance(settings))
         self.adapter = PyTorchAdapter(built.module, origin, self._adapter_settings(), bundle)
+        self._threads = self._limit_threads()
         self.teachers = tuple(self._remember_teacher(i, name) for i, name in enumerate(settings.teachers))
+
+    def _limit_threads(self) -> int | None:
+        """As asked; one where a step is so small that threads wait for each other more than they work."""
+        threads, macs = self.settings.threads, self.adapter.forward_macs * (self.settings.batch_size or 1)
+        if threads is None and self._device == "cpu" and self._bundle is not None and macs < _SHARED_WORK:
+            threads = 1
+        if threads is not None:
+            torch.set_num_threads(threads)
+            threadpool_limits(threads, user_api="blas")
+        return threads
 
     def _adapter_settings(self) -> AdapterSettings:
         settings = self.settings
@@ -131,6 +143,9 @@ class PyTorchSession:
             splits = ("train", "holdout", "calibration", "test")
             images = {name: getattr(self._bundle, name).samples for name in splits}
         assert self.settings.model is not None
+        notes = [*self._built.notes, *(self._bundle.broken.notes if self._bundle is not None else ())]
+        if self.settings.threads is None and self._threads == 1:
+            notes.append("computing with one thread: batches are too small to share (--threads)")
         return Description(
             model=self.settings.model,
             input_size=self._built.input.size,
@@ -139,7 +154,7 @@ class PyTorchSession:
             images=images,
             device=self._device,
             versions=_versions(),
-            notes=(*self._built.notes, *(self._bundle.broken.notes if self._bundle is not None else ())),
+            notes=tuple(notes),
         )
 
     def test(self) -> Evaluated | None:

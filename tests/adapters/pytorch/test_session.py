@@ -1,0 +1,56 @@
+"""What a session decides by itself, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from prunus.adapters.pytorch.session import open_session
+from prunus.core.errors import ConfigError, LoadError
+from prunus.core.plan import ModelSource
+from prunus.core.settings import RunSettings
+
+SMALL = {"model": "prunus/resnet8", "data": "digits", "train_limit": 200, "batch_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_small_batches_are_computed_by_one_thread_and_the_user_is_told() -> None:
+    session = open_session(RunSettings(**SMALL))
+    assert torch.get_num_threads() == 1
+    assert any("one thread" in note for note in session.describe().notes)
+
+
+def test_the_number_of_threads_that_the_user_gives_is_taken() -> None:
+    session = open_session(RunSettings(**SMALL, threads=2))
+    assert torch.get_num_threads() == 2
+    assert session.describe().notes == ()
+
+
+def test_a_run_without_data_leaves_the_threads_alone() -> None:
+    open_session(RunSettings(model="prunus/resnet8", data="none"))
+    assert torch.get_num_threads() == 2
+
+
+def test_a_plan_can_name_no_other_model_than_the_one_its_user_named() -> None:
+    session = open_session(RunSettings(model="prunus/resnet8", data="none"))
+    with pytest.raises(LoadError, match=r"of the model 'python:os:getcwd', not of 'prunus/resnet8'"):
+        session.adapter.origin.build(ModelSource(name="python:os:getcwd"))
+
+
+def test_a_device_that_is_not_there_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match="device 'cuda:7' cannot be used"):
+        open_session(RunSettings(model="prunus/resnet8", data="none", device="cuda:7"))
+
+
+def test_a_teacher_without_weights_for_the_classes_is_refused() -> None:
+    with pytest.raises(LoadError):
+        open_session(RunSettings(**SMALL, teachers=("prunus/resnet14=missing.safetensors",)))
