@@ -50,6 +50,8 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and leave with its exit code: one clear line on stderr for every error."""
+    # `my_module:MyMethod` is looked for here, too; last, so that nothing here hides an installed package
+    sys.path.append(os.getcwd())
     sys.exit(run(arguments))
 
 

@@ -386,3 +386,15 @@ def test_a_disk_that_is_full_ends_in_one_line_and_the_run_resumes(tmp_path: Path
     resumed = _start(tmp_path, "--resume", "runs/a", "--json")
     out, _ = resumed.communicate(timeout=120)
     assert json.loads(out)["target_met"]
+
+
+def test_a_module_in_the_current_folder_can_be_named_and_hides_no_installed_package(tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "plugins" / "magnitude.py"
+    (tmp_path / "my_module.py").write_text(source.read_text("utf-8"))
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('the wrong numpy')")
+    script = tmp_path / "bin" / "optimize"  # where a console script lies: not in the current folder
+    script.parent.mkdir()
+    script.write_text("from prunus.core.cli import main\nmain()\n")
+    command = [sys.executable, str(script), "plugins", "check", "my_module:Magnitude"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
