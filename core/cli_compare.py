@@ -92,7 +92,11 @@ def _run(grid: Grid, cells: tuple[Cell, ...], again: str, jobs: int, rerun: bool
             _tell(f"[{done}/{len(cells)}] {record.cell}: {text}")
             _write_tables(grid, again)
 
-        grid.run(missing, jobs, finished)
+        try:
+            grid.run(missing, jobs, finished)
+        except KeyboardInterrupt:
+            _tell(f"stopped; {done} of {len(cells)} cells are kept, the same command goes on")
+            raise
     return failed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -85,6 +86,10 @@ class Grid:
         return record
 
 
+_INTERRUPTED = (-signal.SIGINT, 130)
+"""Ctrl-C reaches the children first: what they leave behind is no failure."""
+
+
 class _Processes:
     """Children that can all be stopped."""
 
@@ -95,7 +100,7 @@ class _Processes:
         self._stopped = False
 
     def run(self, words: Sequence[str]) -> tuple[int, str]:
-        """(exit code, last line on stderr). Raises KeyboardInterrupt once `stop` was called."""
+        """(exit code, last line on stderr). Raises KeyboardInterrupt if interrupted, or after `stop`."""
         with self._lock:
             if self._stopped:
                 raise KeyboardInterrupt
@@ -106,7 +111,7 @@ class _Processes:
         _, said = child.communicate()
         with self._lock:
             self._running.discard(child)
-            if self._stopped:
+            if self._stopped or child.returncode in _INTERRUPTED:
                 raise KeyboardInterrupt
         return child.returncode, (said.strip().splitlines() or [""])[-1]
 

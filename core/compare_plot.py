@@ -46,9 +46,23 @@ def _panel(axis: Any, results: Results, teaching: Teaching, epochs: float) -> No
     axis.set_xlabel("MACs, % of dense")
     axis.set_ylabel("accuracy on test, %")
     axis.set_xscale("log")
+    shares = _shares(results)
+    if shares:
+        axis.set_xlim(0.8 * min(shares), 1.25 * max(shares))
+        axis.set_xticks(shares, [f"{share:.3g}" for share in shares])
+        axis.minorticks_off()
     for number, entry in enumerate(results.protocol.entries):
         _line(axis, results, entry, f"C{number % 10}", teaching, epochs)
     axis.grid(alpha=0.3)
+
+
+def _shares(results: Results) -> list[float]:
+    """What is left of the dense MACs at each target, in %, where a cell is done."""
+    found = {}
+    for record in results.records:
+        if record.outcome is not None and record.dense is not None:
+            found[record.target] = 100 * record.outcome.macs / record.dense.macs
+    return sorted(found.values())
 
 
 def _line(axis: Any, results: Results, entry: Entry, colour: str, teaching: Teaching, epochs: float) -> None:
