@@ -8,13 +8,15 @@ tells its own origin: no guessing by value, so that `num_heads == head_dim == 8`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from prunus.adapters.pytorch.size_algebra import OPERATORS, Attribute, Expression, Operation
 from prunus.adapters.pytorch.structural_copy import structural_copy
@@ -98,8 +100,16 @@ def _size_runs(arguments: Sequence[Any]) -> Iterator[list[int]]:
         yield run
 
 
-def record_uses(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Use]:
-    """Every use of an integer attribute as a size in one forward pass, in order; `model` is not touched."""
+def record_uses(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], fake: bool = False
+) -> list[Use]:
+    """Every use of an integer attribute as a size in one forward pass, in order; `model` is not touched.
+
+    With `fake` nothing is computed: for code that asks for no values.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    if isinstance(mode, FakeTensorMode):
+        args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, dict(kwargs)))
     twin = structural_copy(model).eval()
     recorder = _Recorder()
     with ExitStack() as hooks, torch.no_grad():
@@ -112,7 +122,7 @@ def record_uses(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
             for handle in handles:
                 hooks.callback(handle.remove)
         # Code that insists on plain integers ends the watch early; what is then unknown, certification locks.
-        with suppress(Exception), recorder:
+        with suppress(Exception), mode, recorder:
             twin(*args, **kwargs)
     return recorder.uses
 

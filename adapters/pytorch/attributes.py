@@ -63,7 +63,8 @@ def bind_attributes(
 ) -> Bindings:
     """How the attributes of `model` depend on kept counts; `args` as they were traced."""
     modules, first = dict(model.named_modules()), _first_paths(model)
-    equations = list(_equations(record_uses(model, args, kwargs or {}), trace, first))
+    uses = record_uses(model, args, kwargs or {}, fake=not trace.program.concrete)
+    equations = list(_equations(uses, trace, first))
     equations.extend(_named_arguments(modules, trace.sites, first))
     equations.extend(_announced_widths(model, trace))
     solution, conflicts = _solved(equations, modules)

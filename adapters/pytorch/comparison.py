@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from prunus.adapters.pytorch.decisions import Decision, decision, following, grounds
+from prunus.adapters.pytorch.double_precision import DoublePrecision
 from prunus.adapters.pytorch.structural_copy import with_tensors
 from prunus.adapters.pytorch.tracing import Trace, masked_call
 from prunus.adapters.pytorch.tracing.program import Step
@@ -101,9 +101,6 @@ class _Reference:
         mine, theirs = grounds(own, taken)
         return (outputs, mine), (expected, theirs)
 
-    def double(self) -> _Reference:
-        return _Reference(self.trace, copy.deepcopy(self.bare).double(), _double(self.tensors), self.keep)
-
 
 def _measured(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst:
     with torch.no_grad(), evaluating(pruned):
@@ -111,11 +108,20 @@ def _measured(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -
 
 
 def _in_double(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst | None:
-    """The same in float64; None for a model that insists on float32 somewhere."""
+    """The same in float64; None for a model with an operator that knows float32 alone."""
+    whole = _Reference(reference.trace, reference.bare, _double(reference.tensors), reference.keep)
     try:
-        return _measured(copy.deepcopy(pruned).double(), reference.double(), _double(args))
+        with DoublePrecision():
+            return _measured(with_tensors(pruned, _double(state_of(pruned))), whole, _double(args))
     except RuntimeError:
         return None
+
+
+def _double(value: Any) -> Any:
+    return pytree.tree_map(
+        lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+        dict(value) if isinstance(value, Mapping) else value,
+    )
 
 
 def distance(got: Any, expected: Any) -> Worst:
@@ -157,10 +163,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _double(value: Any) -> Any:
-    return pytree.tree_map(
-        lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
-        dict(value) if isinstance(value, Mapping) else value,
-    )

@@ -124,6 +124,41 @@ def _shifted_window_3d(self: Any, x: Tensor) -> Tensor:
     return x[:, : size[0], : size[1], : size[2], :].contiguous()
 
 
+def _store_correlated_channels(flow: Any) -> None:
+    flow.correlated_channels = flow.feature_encoder.conv.out_channels
+
+
+@handles("torchvision.models.optical_flow.raft.RAFT", prepare=_store_correlated_channels)
+def _raft(self: Any, image1: Tensor, image2: Tensor, num_flow_updates: int = 12) -> list[Tensor]:
+    """The correlation is divided by the root of the width that the features happen to have: put right here."""
+    from torchvision.models.optical_flow._utils import make_coords_grid, upsample_flow
+
+    if image1.shape[-2:] != image2.shape[-2:] or image1.shape[-2] % 8 or image1.shape[-1] % 8:
+        raise ValueError(
+            "both images must have one size, divisible by 8, "
+            f"got {tuple(image1.shape[-2:])} and {tuple(image2.shape[-2:])}"
+        )
+    first, second = self.feature_encoder(torch.cat([image1, image2], dim=0)).chunk(2, dim=0)
+    share = (first.shape[1] / self.correlated_channels) ** 0.25
+    self.corr_block.build_pyramid(first * share, second * share)
+
+    context = self.context_encoder(image1)
+    width = self.update_block.hidden_state_size
+    state, context = context.split([width, context.shape[1] - width], dim=1)
+    state, context = state.tanh(), context.relu()
+
+    start = make_coords_grid(image1.shape[0], image1.shape[-2] // 8, image1.shape[-1] // 8).to(first.device)
+    place, flows = start, []
+    for _ in range(num_flow_updates):
+        place = place.detach()  # no gradient through this branch, as in the paper
+        correlated = self.corr_block.index_pyramid(centroids_coords=place)
+        state, step = self.update_block(state, context, correlated, place - start)
+        place = place + step
+        mask = None if self.mask_predictor is None else self.mask_predictor(state)
+        flows.append(upsample_flow(flow=place - start, up_mask=mask))
+    return flows
+
+
 def _store_scale(attention: Any) -> None:
     attention.scale = attention.head_dim**-0.5
 

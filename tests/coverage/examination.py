@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunus.adapters.pytorch.artifact import apply_plan
 from prunus.adapters.pytorch.catalog import build, construct
 from prunus.adapters.pytorch.certification import certify, random_keep
-from prunus.adapters.pytorch.comparison import copied_state, evaluating
+from prunus.adapters.pytorch.comparison import evaluating, state_of
 from prunus.adapters.pytorch.structural_copy import structural_copy
 from prunus.adapters.pytorch.surgery import remove
 from prunus.adapters.pytorch.verification import Prepared, prepare, verify
@@ -27,8 +27,6 @@ from prunus.core.graph import ChannelGraph
 from prunus.core.plan import PruningPlan
 
 TARGET = 0.5
-SMALL_IMAGES = {"images": 160, "pair": 128}
-"""Detection and optical flow at sizes that one core can sweep."""
 
 
 def examine(name: str) -> dict[str, Any]:
@@ -43,6 +41,7 @@ def examine(name: str) -> dict[str, Any]:
     uncertified = len(prepared.graph.prunable)
     prepared.trace.graph = certify(model, prepared.trace, prepared.bindings, spec.example(1))
     record["seconds"] = round(time.perf_counter() - start, 2)
+    record["trace_gib"] = _peak_gib()
     graph = prepared.graph
     dense = graph.cost()
     record |= {
@@ -56,7 +55,7 @@ def examine(name: str) -> dict[str, Any]:
     }
     smallest = {n: g.min_kept for n, g in graph.groups.items()}
     record["reachable"] = round(graph.cost(smallest).macs / dense.macs, 4)
-    state = copied_state(model)
+    state = state_of(model)
     record["probe_error"] = max(
         _removed(model, prepared, state, random_keep(graph, seed), spec.example(batch, seed))[1]
         for seed, batch in ((10, 1), (11, 2))
@@ -150,7 +149,11 @@ def uniform_keep(graph: ChannelGraph, target: float) -> dict[str, list[int]]:
 
 
 def _smaller(name: str) -> dict[str, Any]:
-    return {"min_size": 160, "max_size": 200} if "rcnn" in name or "retinanet" in name or "fcos" in name else {}
+    """Detection at sizes that one core can sweep: small images, and few of them looked at again."""
+    if not any(part in name for part in ("rcnn", "retinanet", "fcos")):
+        return {}
+    few = {"box_detections_per_img": 10} if "maskrcnn" in name or "keypointrcnn" in name else {}
+    return {"min_size": 160, "max_size": 200, **few}
 
 
 def _removed(
@@ -207,11 +210,15 @@ def _targets(images: list[Tensor]) -> list[dict[str, Tensor]]:
     return found
 
 
+def _peak_gib() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     record = examine(sys.argv[1])
-    record["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    record["peak_gib"] = _peak_gib()
     print(json.dumps(record))
 
 

@@ -159,3 +159,22 @@ def test_multihead_attention_covers_torchs_options(batch_first: bool, need_weigh
 def test_multihead_attention_with_separate_projections_is_left_alone() -> None:
     assert not needed(nn.MultiheadAttention(8, 2, kdim=4, vdim=4))
     assert not needed(nn.MultiheadAttention(8, 2, add_bias_kv=True))
+
+
+def test_optical_flow_keeps_its_correlations_scale_when_the_features_get_narrower() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.optical_flow.raft_small().eval()
+    pair = torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        expected = model(*pair, num_flow_updates=2)
+        install_handlers(model, needed(model))
+        result = model(*pair, num_flow_updates=2)
+        encoder = model.feature_encoder.conv  # half of the features are silent: without them, the same flow
+        encoder.weight[64:], encoder.bias[64:] = 0.0, 0.0
+        whole = model(*pair, num_flow_updates=2)
+        encoder.weight, encoder.bias = nn.Parameter(encoder.weight[:64]), nn.Parameter(encoder.bias[:64])
+        narrow = model(*pair, num_flow_updates=2)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(narrow, whole, strict=True))
+    with pytest.raises(ValueError, match="divisible by 8"):
+        model(torch.rand(1, 3, 100, 100), torch.rand(1, 3, 100, 100))
