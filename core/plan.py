@@ -78,6 +78,11 @@ class PruningPlan(BaseModel):
             (tensor, axis): _from_runs(runs) for tensor, axes in self.axes.items() for axis, runs in axes.items()
         }
 
+    def check_growable(self) -> None:
+        """Raises PlanError if the model has another shape than the original."""
+        if self.axes:
+            raise PlanError("a model can be grown once, and only before anything is removed from it")
+
     def after_growth(
         self,
         graph: ChannelGraph,
@@ -85,11 +90,8 @@ class PruningPlan(BaseModel):
         attributes: Sequence[AttributeEdit] = (),
         handlers: Mapping[str, str] | None = None,
     ) -> PruningPlan:
-        """The plan after widening `graph` (the graph before). Raises PlanError once units were removed."""
-        if any(len(self.keep[name]) != units for name, units in graph.units.items()) or any(
-            self.keep[name] != list(range(units)) for name, units in graph.units.items()
-        ):
-            raise PlanError("a model can be grown only before anything is removed from it")
+        """The plan after widening `graph` (the graph before). Raises PlanError as `check_growable` does."""
+        self.check_growable()
         grow, keep = dict(self.grow), dict(self.keep)
         for name, copied in growth.copies.items():
             grow[name] = graph.units[name] + len(copied)

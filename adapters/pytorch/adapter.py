@@ -324,7 +324,10 @@ class PyTorchAdapter:
             self._target = Remembered(copy.deepcopy(self.model), self.plan, self.forward_macs)
         dense, since = self.shrinking.since(self._target.plan, plan)
         batches = self._split("calibration").part(images)
-        refit(small, self._target.model, dense, dense.kept_indices(since), batches, mode, survival)
+        done = refit(small, self._target.model, dense, dense.kept_indices(since), batches, mode, survival)
+        if done.skipped and small is self.model and self._watcher is not None:
+            name, reason = next(iter(done.skipped.items()))
+            self._watcher.notice(f"{len(done.skipped)} layers were not refitted, {name} among them: {reason}")
 
     def _recalibrate(self, directive: Remove) -> float | None:
         if directive.recalibrate == "no":

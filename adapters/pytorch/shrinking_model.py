@@ -20,7 +20,6 @@ from prunus.adapters.pytorch.tracing import Trace
 from prunus.adapters.pytorch.verification import prepare, verify
 from prunus.core.cost import CostTerm, IntArray
 from prunus.core.directives import Grow, Verification
-from prunus.core.errors import PlanError
 from prunus.core.graph import ChannelGraph, Keep
 from prunus.core.plan import AttributeEdit, ModelSource, PruningPlan
 
@@ -120,10 +119,9 @@ class ShrinkingModel:
         return verify(self.module, self._prepared, reference, kept_of(self.plan), inputs)
 
     def grow(self, directive: Grow, seed: int) -> None:
-        """Widen groups without changing the function. Raises PlanError once something was removed."""
+        """Widen groups without changing the function. Raises PlanError if it has changed already."""
+        self.plan.check_growable()
         before, counts = self.graph, {**self.graph.units, **directive.widths}
-        if any(len(units) != self.base.units[name] for name, units in self.plan.keep.items()):
-            raise PlanError("a model can be grown only before anything is removed from it")
         edits = self._prepared.bindings.edits(before.units, counts)
         for model in (*self.companions, self.module):
             wider, growth, changes = surgery.grow(

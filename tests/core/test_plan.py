@@ -48,11 +48,12 @@ def test_growth_then_removal_replays_by_original_indices() -> None:
     assert plan.indices()["fc0.weight", 0].tolist() == [0, *growth.copies["h0"][1:].tolist()]
 
 
-def test_growing_after_a_removal_is_refused() -> None:
+@pytest.mark.parametrize("kept", [[1, 3], [0, 1]])  # a prefix looks like a whole group
+def test_growing_after_a_removal_is_refused(kept: list[int]) -> None:
     graph = mlp_graph([4, 5, 3])
-    smaller = graph.restrict({"h0": [1, 3]})
+    smaller = graph.restrict({"h0": kept})
     _, growth = smaller.widen({"h0": 4})
-    plan = PruningPlan.begin(SOURCE, graph, {}).after_removal(graph, {"h0": [1, 3]})
+    plan = PruningPlan.begin(SOURCE, graph, {}).after_removal(graph, {"h0": kept})
     with pytest.raises(PlanError, match="before anything is removed"):
         plan.after_growth(smaller, growth)
 
