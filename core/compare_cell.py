@@ -14,7 +14,16 @@ from typing import Any, cast
 
 from prunus.core.adapter import OpenSession, Session
 from prunus.core.compare_protocol import Cell, Protocol, Teaching
-from prunus.core.compare_record import CellRecord, DenseRecord, Outcome, ResultsFolder, content_of, named
+from prunus.core.compare_record import (
+    SOURCE,
+    CellRecord,
+    DenseRecord,
+    Outcome,
+    ResultsFolder,
+    content_of,
+    named,
+    source_digest,
+)
 from prunus.core.directives import Directive, Evaluate, Evaluated, Observation, Train
 from prunus.core.errors import ConfigError
 from prunus.core.plan import PruningPlan
@@ -115,7 +124,7 @@ def run_cell(
         seconds=round(time.monotonic() - wall, 2),
         cpu_seconds=round(time.process_time() - cpu, 2),
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MEMORY_UNIT,
-        versions=versions,
+        versions={**versions, SOURCE: source_digest()},
     )
     results.write(record)
     return record

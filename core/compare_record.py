@@ -13,6 +13,9 @@ from prunus.core.errors import LoadError
 from prunus.core.files import write_atomically
 from prunus.core.plugin_settings import first_problem
 
+SOURCE = "source"
+"""Among a record's versions: the state of the product's own source (`source_digest`)."""
+
 
 class DenseRecord(BaseModel):
     """A dense model that all cells of its seed start from."""
@@ -160,3 +163,13 @@ def content_of(folder: Path) -> str:
         if path.name in ("plan.json", "model.safetensors"):
             whole.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return whole.hexdigest()
+
+
+def source_digest() -> str:
+    """A short name for the product's source: cells of one table should share it."""
+    root = Path(__file__).resolve().parents[1]
+    whole = hashlib.sha256()
+    for folder in ("core", "plugins", "adapters"):
+        for path in sorted((root / folder).rglob("*.py")):
+            whole.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return whole.hexdigest()[:12]

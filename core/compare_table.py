@@ -12,7 +12,7 @@ from typing import Any
 
 from prunus.core.budget import Target
 from prunus.core.compare_protocol import Entry, Protocol, Teaching
-from prunus.core.compare_record import CellRecord
+from prunus.core.compare_record import SOURCE, CellRecord
 
 _HEADINGS = {"plain": "Without distillation", "distilled": "The dense model may teach, on both sides"}
 
@@ -78,7 +78,11 @@ def _described(results: Results) -> list[str]:
     )
     dense = {record.seed: record.dense.accuracy for record in results.records if record.dense is not None}
     values = " ".join(_percent(dense[seed]) for seed in sorted(dense))
-    return [text, "", f"Dense accuracy: {values or 'not trained yet'}."]
+    lines = [text, "", f"Dense accuracy: {values or 'not trained yet'}."]
+    sources = {record.versions.get(SOURCE, "unknown") for record in results.records if record.outcome is not None}
+    if len(sources) > 1:
+        lines += ["", f"These cells come from {len(sources)} states of the source; --rerun makes them one."]
+    return lines
 
 
 def _section(results: Results, teaching: Teaching, epochs: float) -> list[str]:

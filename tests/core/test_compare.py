@@ -220,6 +220,14 @@ def test_json_and_csv_hold_every_record() -> None:
     )
 
 
+def test_a_table_of_several_states_of_the_source_says_so() -> None:
+    whole = results()
+    later = whole.records[0].model_copy(update={"versions": {"source": "f00"}})
+    mixed = Results(whole.protocol, (later, *whole.records[1:]), "")
+    assert "2 states of the source" in markdown(mixed)
+    assert "states of the source" not in markdown(whole)
+
+
 def test_the_best_of_few_seeds_is_not_the_winner() -> None:
     """A single lucky seed is neither bold nor the best rival."""
     whole = results()
