@@ -60,7 +60,9 @@ def test_core_and_plugins_import_without_any_framework() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["prune", "--help"], ["inspect", "--help"], ["plugins", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["prune", "--help"], ["inspect", "--help"], ["plugins", "--help"], ["compare", "--help"]]
+)
 def test_help_needs_neither_a_framework_nor_numpy(words: list[str]) -> None:
     done = _python(HELP, *words)
     assert done.returncode == 0, done.stderr
