@@ -6,6 +6,7 @@ pairwise update of Chan, Golub and LeVeque (1983), which loses no digits where t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -45,25 +46,36 @@ class Moments:
             paired = None if targets is None else targets[start:stop]
             self._merge(_slots_first(rows[start:stop]), None if paired is None else _slots_first(paired))
 
+    def copy(self) -> Moments:
+        """The same, to be added to on its own."""
+        return copy.deepcopy(self)
+
+    def merge(self, other: Moments) -> None:
+        """Adds the rows that `other`, of the same widths, has seen."""
+        self._shift(other.count, other.mean, other.target_mean)
+        self._scatter += other._scatter
+        self._cross += other._cross
+
     def _merge(self, x: Tensor, y: Tensor | None) -> None:
-        fresh = x.shape[1]
-        total = self.count + fresh
-        share = self.count * fresh / total
         mean = x.mean(1)
-        shift = mean - self.mean
+        self._shift(x.shape[1], mean, self.target_mean if y is None else y.mean(1))
         x = x - mean.unsqueeze(1)
+        self._scatter += x.mT @ x if self._full else x.square().sum(1)
+        if y is not None:
+            self._cross += y.mT @ x  # x is centred, so that y need not be
+
+    def _shift(self, fresh: int, mean: Tensor, target_mean: Tensor) -> None:
+        """The part of a merger that comes from the difference of the means."""
+        total = self.count + fresh
+        share = self.count * fresh / max(total, 1)
+        shift, target_shift = mean - self.mean, target_mean - self.target_mean
         if self._full:
-            self._scatter += x.mT @ x
             self._scatter += share * shift.unsqueeze(2) * shift.unsqueeze(1)
         else:
-            self._scatter += x.square().sum(1) + share * shift.square()
-        if y is not None:
-            target_mean = y.mean(1)
-            target_shift = target_mean - self.target_mean
-            self._cross += y.mT @ x  # x is centred, so that y need not be
-            self._cross += share * target_shift.unsqueeze(2) * shift.unsqueeze(1)
-            self.target_mean += target_shift * (fresh / total)
-        self.mean += shift * (fresh / total)
+            self._scatter += share * shift.square()
+        self._cross += share * target_shift.unsqueeze(2) * shift.unsqueeze(1)
+        self.mean += shift * (fresh / max(total, 1))
+        self.target_mean += target_shift * (fresh / max(total, 1))
         self.count = total
 
 

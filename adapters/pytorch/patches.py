@@ -49,6 +49,11 @@ class Sample:
     def runs(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(self.images.split(IMAGES_AT_ONCE), self.positions, strict=True)
 
+    def image_of_rows(self) -> Iterator[Tensor]:
+        """For each run, the image of every row."""
+        for images, positions in self.runs():
+            yield images.repeat_interleave(len(positions))
+
 
 def sample(layer: Reader, output: Tensor, limit: int, seed: int) -> Sample:
     """At most `limit` rows of `layer`, spread evenly over images and at random over positions."""

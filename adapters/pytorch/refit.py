@@ -19,7 +19,8 @@ from prunus.adapters.pytorch.channel_refit import refit_by_channels
 from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.patches import Sample, outputs, rows, sample, weight_rows
 from prunus.adapters.pytorch.refit_layers import Layer, find_layers
-from prunus.adapters.pytorch.regression import RIDGE, ridge, ridge_from_rows
+from prunus.adapters.pytorch.regression import RIDGE
+from prunus.adapters.pytorch.regression_data import UNCHANGED, MomentData, RegressionData, RowData
 from prunus.adapters.pytorch.signals import Batch, images_of, measuring
 from prunus.core.cost import FloatArray, IntArray
 from prunus.core.directives import Refit
@@ -37,8 +38,8 @@ MEMORY = 4 << 30
 """Bytes for activations of all images at once; fewer images are used where they do not fit."""
 TARGET_MEMORY = 2 << 30
 """Bytes for the dense model's sampled outputs; fewer positions are used where they do not fit."""
-UNCHANGED = 1e-5
-"""A layer whose outputs differ from the dense ones by less, relatively, is left bit for bit."""
+FOLDS = 2
+"""Parts of the images, each of which judges what is fitted to the others."""
 
 
 @dataclass(slots=True)
@@ -63,13 +64,14 @@ def refit(
     mode: Refit,
     survival: Mapping[str, FloatArray] | None = None,
     *,
-    share: float = RIDGE,
+    share: float | None = None,
 ) -> Refitted:
     """Refits `pruned`, in place, to the function of `dense`; module names must agree.
 
     `graph` and `kept_indices` (axis -> indices that stay) are those of the dense model. `survival`:
     group -> (units of `graph`,), the probability that a unit goes next. The weights that `pruned` has are
-    what the ridge (`share` of the mean diagonal) pulls towards. Where nothing was removed, or nothing has
+    what the ridge pulls towards; its strength is `share` of the mean diagonal, or, if None, the one that
+    predicts held-out images best (`sequential`). Where nothing was removed, or nothing has
     to be compensated, nothing changes, bit for bit. Layers that run more than once in a forward pass, and
     those that do more with their weight than multiply, are left; `Refitted.skipped` names them.
     Raises TrainingError if what reaches a layer is not finite.
@@ -82,7 +84,7 @@ def refit(
         if mode == "sequential":
             changed = _sequential(pruned, dense, layers, images, share)
         else:
-            changed = refit_by_channels(dense, layers, images, mode, share)
+            changed = refit_by_channels(dense, layers, images, mode, RIDGE if share is None else share)
     return Refitted(changed, skipped, len(images))
 
 
@@ -123,7 +125,7 @@ def _bytes_of_one(model: nn.Module, image: Tensor) -> int:
 
 
 def _sequential(
-    pruned: nn.Module, dense: nn.Module, layers: list[Layer], images: Tensor, share: float
+    pruned: nn.Module, dense: nn.Module, layers: list[Layer], images: Tensor, share: float | None
 ) -> list[str]:
     targets = _dense_outputs(dense, layers, images)
     changed: list[str] = []
@@ -170,16 +172,17 @@ def _dense_outputs(dense: nn.Module, layers: list[Layer], images: Tensor) -> dic
     return targets
 
 
-def _regress(layer: Layer, input: Tensor, where: Sample, wanted: Tensor, share: float) -> bool:
+def _regress(layer: Layer, input: Tensor, where: Sample, wanted: Tensor, share: float | None) -> bool:
     """Regresses `wanted` on what reaches the layer; False if its weights give that already."""
     prior = weight_rows(layer.pruned, layer.pruned.weight).to("cpu", torch.float64)
     targets = wanted.reshape(len(wanted), *prior.shape[:2])
-    solve = _from_rows if prior.shape[2] > min(len(where), WIDEST) else _from_moments
+    gather = _rows if prior.shape[2] > min(len(where), WIDEST) else _moments
+    data = gather(layer, input, where, targets)
     try:
-        weights, mean, target_mean = solve(layer, input, where, targets, prior, share)
+        weights = data.fit(prior, layer.odds_of(prior), share)
     except FloatingPointError as error:
         raise TrainingError(f"what reaches {layer.name} is not finite: check data and weights") from error
-    constant = target_mean - (weights @ mean.unsqueeze(2)).squeeze(2)
+    constant = data.target_mean - (weights @ data.mean.unsqueeze(2)).squeeze(2)
     if layer.pruned.bias is not None:
         constant = constant - layer.pruned.bias.detach().to("cpu", torch.float64).view_as(constant)
     if weights is prior and (not layer.shiftable or _negligible(constant, targets)):
@@ -189,44 +192,24 @@ def _regress(layer: Layer, input: Tensor, where: Sample, wanted: Tensor, share: 
     return True
 
 
-def _from_moments(
-    layer: Layer, input: Tensor, where: Sample, targets: Tensor, prior: Tensor, share: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weights, mean of the rows, mean of the targets); the weights are `prior` where that fits already."""
-    moments = Moments(prior.shape[2], prior.shape[0], targets=prior.shape[1])
+def _moments(layer: Layer, input: Tensor, where: Sample, targets: Tensor) -> RegressionData:
+    slots, outputs, inputs = *targets.shape[1:], layer.pruned.weight[0].numel()
+    folds = [Moments(inputs, slots, targets=outputs) for _ in range(FOLDS)]
     at = 0
-    for part in rows(layer.pruned, input, where):
-        moments.add(part, targets[at : at + len(part)])
+    for part, images in zip(rows(layer.pruned, input, where), where.image_of_rows(), strict=True):
+        wanted = targets[at : at + len(part)]
+        for k, fold in enumerate(folds):
+            mine = images % FOLDS == k
+            fold.add(part[mine], wanted[mine])
         at += len(part)
-    mean, target_mean = moments.mean, moments.target_mean
-    covariance, cross = moments.covariance, moments.cross_covariance
-    if not layer.shiftable:  # no intercept: second moments about zero
-        covariance = covariance + mean.unsqueeze(2) * mean.unsqueeze(1)
-        cross = cross + target_mean.unsqueeze(2) * mean.unsqueeze(1)
-    odds = layer.odds_of(prior)
-    if odds is None and _close(prior @ covariance, cross):
-        return prior, mean, target_mean
-    return ridge(covariance, cross, prior, odds, share), mean, target_mean
+    return MomentData(folds, layer.shiftable)
 
 
-def _from_rows(
-    layer: Layer, input: Tensor, where: Sample, targets: Tensor, prior: Tensor, share: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_from_moments`, for fewer rows than inputs."""
+def _rows(layer: Layer, input: Tensor, where: Sample, targets: Tensor) -> RegressionData:
     x = torch.cat(list(rows(layer.pruned, input, where))).to("cpu", torch.float64).transpose(0, 1)
     y = targets.to("cpu", torch.float64).transpose(0, 1)
-    mean, target_mean = x.mean(1), y.mean(1)
-    if layer.shiftable:
-        x, y = x - mean.unsqueeze(1), y - target_mean.unsqueeze(1)
-    odds = layer.odds_of(prior)
-    if odds is None and _close(x @ prior.mT, y):
-        return prior, mean, target_mean
-    return ridge_from_rows(x, y, prior, odds, share), mean, target_mean
+    return RowData(x, y, torch.cat(list(where.image_of_rows())) % FOLDS, layer.shiftable)
 
 
 def _negligible(constant: Tensor, targets: Tensor) -> bool:
     return bool(constant.norm() <= UNCHANGED * targets.double().std(0, correction=0).norm())
-
-
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).norm() <= UNCHANGED * wanted.norm())

@@ -1,0 +1,125 @@
+"""The ridge chosen by held-out images: two forms of the data, brute force, few images and many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunus.adapters.pytorch.covariance import Moments
+from prunus.adapters.pytorch.regression import RIDGE, ridge_from_rows
+from prunus.adapters.pytorch.regression_data import SHARES, MomentData, RegressionData, RowData
+
+SLOTS, INPUTS, OUTPUTS = 2, 6, 3
+
+
+def rows(count: int, noise: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """x (slots, rows, n) with a mean, y (slots, rows, m) = x W + noise + constant, W (slots, m, n)."""
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.Generator().manual_seed(99)
+    weights = torch.randn(SLOTS, OUTPUTS, INPUTS, generator=made, dtype=torch.float64)
+    x = torch.randn(SLOTS, count, INPUTS, generator=generator, dtype=torch.float64) + 0.5
+    y = x @ weights.mT + noise * torch.randn(SLOTS, count, OUTPUTS, generator=generator, dtype=torch.float64) + 2
+    return x, y, weights
+
+
+def as_moments(x: Tensor, y: Tensor, folds: Tensor, intercept: bool = True) -> MomentData:
+    parts = [Moments(INPUTS, SLOTS, targets=OUTPUTS) for _ in range(int(folds.max()) + 1)]
+    for k, part in enumerate(parts):
+        part.add(x[:, folds == k].transpose(0, 1), y[:, folds == k].transpose(0, 1))
+    return MomentData(parts, intercept)
+
+
+ODDS = torch.tensor([[0, 0.5, 1, 2, 0, 9], [0, 0, 3, 0, 0, 1]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("odds", [None, ODDS])
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("folds", [2, 3])
+def test_moments_and_rows_judge_alike(odds: Tensor | None, intercept: bool, folds: int) -> None:
+    x, y, weights = rows(41)
+    fold_of_row = torch.arange(41) % folds
+    data: list[RegressionData] = [
+        as_moments(x, y, fold_of_row, intercept),
+        RowData(x, y, fold_of_row, intercept),
+    ]
+    prior = 0.5 * weights
+    for one in SHARES[1:]:
+        from_moments, from_rows = (
+            d.held_out_error(prior, odds, one) - d.held_out_error(prior, odds, SHARES[0]) for d in data
+        )
+        assert from_moments == pytest.approx(from_rows, rel=1e-4, abs=1e-4)
+    solved = [d.fit(prior, odds, None) for d in data]
+    torch.testing.assert_close(*solved, rtol=1e-4, atol=1e-5)
+
+
+def test_the_error_of_a_fold_is_that_of_weights_and_constant_fitted_to_the_others() -> None:
+    x, y, weights = rows(30)
+    fold_of_row = torch.arange(30) // 10
+    expected = 0.0
+    for k in range(3):
+        mine = fold_of_row == k
+        mean, target_mean = x[:, ~mine].mean(1, keepdim=True), y[:, ~mine].mean(1, keepdim=True)
+        fitted = ridge_from_rows(x[:, ~mine] - mean, y[:, ~mine] - target_mean, weights * 0, None, 0.1)
+        expected += float((y[:, mine] - target_mean - (x[:, mine] - mean) @ fitted.mT).square().sum())
+    assert RowData(x, y, fold_of_row, True).held_out_error(weights * 0, None, 0.1) == pytest.approx(expected)
+
+
+def test_the_chosen_ridge_is_the_best_of_all_by_its_own_measure() -> None:
+    for noise in (0.1, 2.0, 10.0):
+        x, y, weights = rows(24, noise)
+        data = as_moments(x, y, torch.arange(24) % 2)
+        errors = {share: data.held_out_error(weights * 0.9, None, share) for share in SHARES}
+        assert data.best_share(weights * 0.9, None) == min(errors, key=lambda s: errors[s])
+
+
+def test_few_noisy_rows_are_fitted_with_more_care_and_do_better_on_new_ones() -> None:
+    x, y, weights = rows(16, noise=3.0)
+    prior = weights + 0.1
+    data = as_moments(x, y, torch.arange(16) % 2)
+    assert data.best_share(prior, None) >= 0.1
+    new_x, new_y, _ = rows(4000, noise=3.0, seed=1)
+
+    def error(found: Tensor) -> float:
+        constant = data.target_mean - (found @ data.mean.unsqueeze(2)).squeeze(2)
+        return float((new_x @ found.mT + constant.unsqueeze(1) - new_y).square().mean())
+
+    assert error(data.fit(prior, None, None)) < 0.9 * error(data.fit(prior, None, RIDGE))
+
+
+def test_many_rows_leave_the_weakest_ridge() -> None:
+    x, y, weights = rows(4000, noise=0.1)
+    assert as_moments(x, y, torch.arange(4000) % 2).best_share(weights * 0, None) == SHARES[0]
+
+
+def test_without_a_second_fold_there_is_nothing_to_judge_by() -> None:
+    x, y, weights = rows(10)
+    same = torch.zeros(10, dtype=torch.int64)
+    assert as_moments(x, y, same).best_share(weights * 0, None) == RIDGE
+    assert RowData(x, y, same, True).best_share(weights * 0, None) == RIDGE
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_weights_that_fit_already_are_handed_back_as_they_are(intercept: bool) -> None:
+    x, _, weights = rows(40)
+    y = x @ weights.mT + (3 if intercept else 0)
+    fold_of_row = torch.arange(40) % 2
+    for data in (as_moments(x, y, fold_of_row, intercept), RowData(x, y, fold_of_row, intercept)):
+        assert data.fit(weights, None, None) is weights
+        assert data.fit(weights, ODDS, None) is not weights
+
+
+def test_merged_moments_are_those_of_all_rows() -> None:
+    x, y, _ = rows(37)
+    parts = [Moments(INPUTS, SLOTS, targets=OUTPUTS) for _ in range(3)]
+    for part, where in zip(parts[:2], (slice(0, 5), slice(5, 37)), strict=True):
+        part.add(x[:, where].transpose(0, 1), y[:, where].transpose(0, 1))
+    whole = Moments(INPUTS, SLOTS, targets=OUTPUTS)
+    whole.add(x.transpose(0, 1), y.transpose(0, 1))
+    before = parts[0].covariance
+    together = parts[0].copy()
+    for part in parts[1:]:
+        together.merge(part)  # the last is empty
+    assert torch.equal(parts[0].covariance, before)
+    for name in ("count", "mean", "target_mean", "covariance", "cross_covariance"):
+        torch.testing.assert_close(getattr(together, name), getattr(whole, name))
