@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -29,26 +32,83 @@ def graph_tables(description: Description, graph: ChannelGraph, slices: bool) ->
 
 
 def _groups(graph: ChannelGraph, slices: bool) -> Table:
-    table = Table(title=f"{len(graph.groups)} channel groups", title_justify="left")
+    title = f"{len(graph.groups)} channel groups, {len(graph.prunable)} can shrink"
+    table = Table(title=title, title_justify="left")
     table.add_column("group", overflow="fold")
-    for column in ("units", "at least", "step", "tensors"):
+    for column in ("units", "at least", "step", "MACs", "tensors"):
         table.add_column(column, justify="right")
     table.add_column("locked", overflow="fold")
-    for name, group in graph.groups.items():
+    dense = graph.cost().macs or 1.0
+    for names in _alike(graph, fold=not slices):
+        group = graph.groups[names[0]]
+        saved = sum(1 - graph.cost({name: graph.groups[name].min_kept}).macs / dense for name in names)
         tensors = {piece.tensor for piece in group.slices}
         shown = "\n".join(f"{s.tensor}[{s.axis}] {s.role}" for s in group.slices) if slices else str(len(tensors))
-        reason = Text(group.locked or "", style="red")
-        table.add_row(name, str(group.units), str(group.min_kept), str(group.multiple_of), shown, reason)
+        table.add_row(
+            _together(names, names[0]),
+            str(group.units),
+            str(group.min_kept),
+            str(group.multiple_of),
+            f"{saved:.1%}" if group.locked is None else "",
+            shown,
+            Text(_together(names, group.locked or ""), style="red"),
+        )
+    table.caption = "MACs: what these groups alone can save, at the least number of units each."
+    table.caption_justify = "left"
     return table
 
 
 def _locks(graph: ChannelGraph) -> Table | None:
-    reasons = Counter(group.locked for group in graph.groups.values() if group.locked is not None)
-    if not reasons:
+    """Reasons by how many groups they lock; places that differ in a number, or in nothing, count as one."""
+    locked = {name: group.locked for name, group in graph.groups.items() if group.locked is not None}
+    if not locked:
         return None
     table = Table(title="Why groups are locked", title_justify="left")
     table.add_column("groups", justify="right")
     table.add_column("reason", overflow="fold")
-    for reason, count in reasons.most_common():
+    for reason, count in Counter(_NUMBER.sub("*", reason) for reason in locked.values()).most_common():
         table.add_row(str(count), reason)
     return table
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.\s])|\b\d+(?=\.[a-z])")
+"""The number of a block or layer within a path: blocks.7.attn."""
+
+
+def _alike(graph: ChannelGraph, fold: bool) -> list[list[str]]:
+    """The names of groups that differ in the number of their block alone, together."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for name, group in graph.groups.items():
+        head, _, tail = _split(name)
+        reason = (group.locked or "").replace(name.removesuffix(tail) + ".", f"{head}*.")
+        sizes = group.units, group.min_kept, group.multiple_of, len(group.slices)
+        key = (head, tail, sizes, reason) if fold else (name,)
+        rows.setdefault(key, []).append(name)
+    return list(rows.values())
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """`blocks.7.attn.qkv.weight` -> (`blocks.`, `7`, `.attn.qkv.weight`): around the last number of the path."""
+    found = list(_NUMBER.finditer(name))
+    if not found:
+        return name, "", ""
+    return name[: found[-1].start()], found[-1].group(), name[found[-1].end() :]
+
+
+def _together(names: Sequence[str], text: str) -> str:
+    """`text`, which is about the first of `names`, as one about all of them."""
+    head, number, _ = _split(names[0])
+    if len(names) == 1:
+        return text
+    return text.replace(f"{head}{number}.", f"{head}{_ranges(int(_split(name)[1]) for name in names)}.")
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """3, 4, 5, 9 -> `3-5,9`"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

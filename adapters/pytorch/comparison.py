@@ -24,6 +24,9 @@ from prunus.core.graph import Keep
 TOLERANCE = 1e-4
 """Largest accepted difference, relative to the largest output."""
 
+SAME_OPERATORS = 1e-6
+"""Largest difference between two runs of the same operators in float32, relative to the largest output."""
+
 
 def compare(
     pruned: nn.Module,
@@ -34,17 +37,19 @@ def compare(
     *,
     bare: nn.Module,
     tolerance: float = TOLERANCE,
+    in_double: bool = True,
 ) -> Verification:
     """The difference between `pruned` in eval mode and the masked reference, on `args`.
 
     `tensors` is the state (parameters and buffers) of the traced model before the removal, `keep` the
     units that stay, `bare` the traced model, with or without weights. A difference beyond `tolerance` is
-    looked at again in float64, where the model runs in it; one that remains raises VerificationError.
+    looked at again in float64 (not without `in_double`, nor where the model cannot run in it); one that
+    remains raises VerificationError.
     """
     whole = {group: keep.get(group, range(units)) for group, units in trace.graph.units.items()}
     reference = _Reference(trace, bare, tensors, whole)
     worst = _measured(pruned, reference, args)
-    if not _relative(worst) <= tolerance:
+    if in_double and not _relative(worst) <= tolerance:
         worst = _in_double(pruned, reference, args) or worst
     error, scale = worst
     if not _relative(worst) <= tolerance:
@@ -55,6 +60,18 @@ def compare(
             scale=scale,
         )
     return Verification("exact", error, scale)
+
+
+def follows_program(
+    pruned: nn.Module, trace: Trace, tensors: Mapping[str, Tensor], keep: Keep, args: tuple[Any, ...]
+) -> bool:
+    """Whether the Python code of `pruned` computes what the captured program does with the removed units gone.
+
+    The same operators on the same shapes: rounding plays no part, so that float32 decides.
+    """
+    whole: dict[str, Any] = {group: keep.get(group, range(units)) for group, units in trace.graph.units.items()}
+    with torch.no_grad(), evaluating(pruned):
+        return _relative(distance(pruned(*args), trace.pruned_output(tensors, whole, args))) <= SAME_OPERATORS
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -91,3 +91,28 @@ def test_a_group_that_is_needed_on_a_path_not_traced_is_named_at_once(monkeypatc
     reasons = [g.locked for g in prepared.graph.groups.values() if g.locked]
     assert any("looked up by index" in reason for reason in reasons)
     assert tried <= 2 + len(certification.SEEDS)
+
+
+class Rounding(nn.Module):
+    """Adds and takes away what leaves the rest with three digits."""
+
+    def __init__(self, stubborn: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 64), nn.Linear(64, 50)
+        self.stubborn = stubborn
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x / float(torch.tensor(x.shape[-1])) ** 0.5 if self.stubborn else x
+        return self.second(x + 1e4) - self.second(torch.full_like(x, 1e4))
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_rounding_is_told_from_a_fault_without_float64(stubborn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    follows = certification.follows_program
+    monkeypatch.setattr(certification, "follows_program", lambda *args: asked.append(1) or follows(*args))
+    torch.manual_seed(0)
+    prepared = prepare(Rounding(stubborn).eval(), torch.randn(1, 6))
+    assert len(prepared.graph.prunable) == (0 if stubborn else 1)
+    assert asked or stubborn
