@@ -8,8 +8,8 @@ Defects that would handicap it, and what is done about them:
 
 * `step()` overshoots the target where many layers lose a channel at once: of a step that would, only the
   groups are removed that come down to the target, so MACs are within 1% of it.
-* Global ranking can leave a residual stream one channel. With `floor` a group that would fall under our own
-  smallest widths is left alone from then on; both ways are tried, the held-out part decides.
+* Global ranking can leave a residual stream one channel. With a floor, a group that would fall under that share
+  of its channels is left alone from then on; with and without are tried, the held-out part decides.
 * Dictionaries given as default arguments are shared between pruners and mutated: fresh ones are passed.
 * OBDC cannot be prepared on networks without attention (1.6.1), and adjusts its Fisher matrices while groups
   are only listed: it is prepared here, and they are put back.
@@ -45,8 +45,8 @@ class DepGraphConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     method: Method = "magnitude"
     scope: Literal["uniform", "global"] = "uniform"
-    floors: tuple[bool, ...] = Field(default=(False,), min_length=1)
-    """Keep our own smallest widths or not."""
+    floors: tuple[float, ...] = Field(default=(0.0,), min_length=1)
+    """Smallest share of its channels that any group keeps; at 0 a group may be left with one."""
     lrs: tuple[float, ...] = Field(default=(0.05,), min_length=1)
     """Peak learning rates of the recovery."""
     sparse_shares: tuple[float, ...] = Field(default=(0.0,), min_length=1)
@@ -74,7 +74,7 @@ def _starts(bench: Bench, config: DepGraphConfig) -> Iterator[tuple[nn.Module, f
             spent = learning.run(bench, model)
         macs = prune_to(bench, model, pruner, floor)
         bench.recalibrate(model)
-        said = f"{share:g} of the epochs sparse, {'with' if floor else 'without'} smallest widths"
+        said = f"{share:g} of the epochs sparse, floor {floor:g}"
         yield model, macs, spent, epochs * (1 - share), said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -23,8 +24,11 @@ _MANY = 12
 Counts = dict[str, int]
 
 
-def prune_to(bench: Bench, model: nn.Module, pruner: tp.pruner.BasePruner, floor: bool) -> float:
-    """Step until the job's limit is met; returns the MACs. Raises PlanError if the steps end before."""
+def prune_to(bench: Bench, model: nn.Module, pruner: tp.pruner.BasePruner, floor: float) -> float:
+    """Step until the job's limit is met; returns the MACs. Raises PlanError if the steps end before.
+
+    A group that would keep less than `floor`, a share of its channels, is left as it is.
+    """
     limit, graph, tree = bench.job.limit, bench.graph, _Groups(bench.graph, model)
     importance = pruner.importance
     while pruner.current_step < pruner.iterative_steps:
@@ -32,8 +36,8 @@ def prune_to(bench: Bench, model: nn.Module, pruner: tp.pruner.BasePruner, floor
         fisher = dict(getattr(importance, "Fisher", {}))
         before = tree.counts()
         proposed = {name: before[name] - removed for name, removed in tree.listed(pruner)}
-        if floor:
-            proposed = {n: count for n, count in proposed.items() if count >= graph.groups[n].min_kept}
+        least = {name: max(1, math.ceil(floor * graph.groups[name].units)) for name in proposed}
+        proposed = {name: count for name, count in proposed.items() if count >= least[name]}
         wanted = affordable(graph, before, proposed, limit)
         if fisher:
             importance.Fisher = fisher
