@@ -17,6 +17,8 @@ from prunus.core.plan import PruningPlan
 from prunus.core.signals import Signal, SignalReader
 
 Arrays = Mapping[str, np.ndarray]
+TRIANGULAR = 64
+"""Symmetric matrices from this side on are stored as their lower triangle."""
 _Name = Annotated[str, Field(max_length=512)]
 
 
@@ -62,9 +64,14 @@ class _ReadRecord(_Record):
     name: _Name
 
 
+class _ArrayRecord(_ReadRecord):
+    side: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    """Of a symmetric matrix that is stored as its lower triangle; None if the array is stored as it is."""
+
+
 class _SignalsRecord(_Record):
     kind: Literal["signals"] = "signals"
-    reads: list[_ReadRecord]
+    reads: list[_ArrayRecord]
     """The i-th read's array is stored as "read.i"."""
     absent: list[_ReadRecord]
     """Names that were asked for and are not there."""
@@ -167,12 +174,34 @@ def record(observation: Observation) -> tuple[ObservationRecord, dict[str, np.nd
 def _record_reads(reader: RecordingReader) -> tuple[_SignalsRecord, dict[str, np.ndarray]]:
     reads = list(reader.reads)
     said = [(key, there) for key, there in reader.presence.items() if key not in reader.reads]
+    sides = [len(array) if _is_symmetric(array) else None for array in reader.reads.values()]
     signals = _SignalsRecord(
-        reads=[_ReadRecord(signal=s, name=n) for s, n in reads],
+        reads=[_ArrayRecord(signal=s, name=n, side=side) for (s, n), side in zip(reads, sides, strict=True)],
         absent=[_ReadRecord(signal=s, name=n) for (s, n), there in said if not there],
         there=[_ReadRecord(signal=s, name=n) for (s, n), there in said if there],
     )
-    return signals, {f"read.{i}": np.ascontiguousarray(reader.reads[key]) for i, key in enumerate(reads)}
+    stored = {}
+    for i, (key, side) in enumerate(zip(reads, sides, strict=True)):
+        array = reader.reads[key]
+        stored[f"read.{i}"] = np.ascontiguousarray(array) if side is None else array[np.tri(side, dtype=bool)]
+    return signals, stored
+
+
+def _is_symmetric(array: FloatArray) -> bool:
+    """True for a covariance that is large enough for half of it to matter."""
+    square = array.ndim == 2 and array.shape[0] == array.shape[1] >= TRIANGULAR
+    return square and np.array_equal(array, array.T)
+
+
+def _whole(triangle: np.ndarray, side: int) -> np.ndarray:
+    """The symmetric matrix of a lower triangle. Raises ValueError if it is of another size."""
+    if triangle.shape != (side * (side + 1) // 2,):
+        raise ValueError(f"the triangle of a {side} x {side} matrix cannot be an array of shape {triangle.shape}")
+    lower = np.tri(side, dtype=bool)
+    matrix = np.empty((side, side))
+    matrix.T[lower] = triangle
+    matrix[lower] = triangle
+    return matrix
 
 
 def rebuild(record: ObservationRecord, arrays: Arrays) -> Observation:
@@ -187,7 +216,10 @@ def rebuild(record: ObservationRecord, arrays: Arrays) -> Observation:
         verification = Verification(**record.verification.model_dump())
         graph = rebuild_graph(record.graph, arrays["indices"])
         return Changed(graph, record.plan, verification, record.refit_from)
-    reads = {(item.signal, item.name): _frozen(arrays[f"read.{i}"]) for i, item in enumerate(record.reads)}
+    reads = {}
+    for i, item in enumerate(record.reads):
+        array = arrays[f"read.{i}"]
+        reads[item.signal, item.name] = _frozen(array if item.side is None else _whole(array, item.side))
     presence = {(item.signal, item.name): False for item in record.absent}
     presence |= {(item.signal, item.name): True for item in record.there}
     return RecordedReader(reads, presence)

@@ -17,7 +17,7 @@ from prunus.core.directives import Changed, Evaluated, Measure, Remove, Train, T
 from prunus.core.errors import JournalError, PlanError, PluginError
 from prunus.core.graph_record import GraphRecord, rebuild_graph, record_graph
 from prunus.core.journal import SCHEMA, Journal
-from prunus.core.observations import RecordingReader
+from prunus.core.observations import RecordingReader, rebuild, record
 from prunus.core.run_lock import RunLock
 from prunus.core.signals import Signal
 from prunus.core.testing.graphs import mlp_graph, residual_graph
@@ -185,3 +185,45 @@ def test_a_second_process_on_a_folder_is_refused_and_told_who_holds_it(tmp_path:
         holder.join()
     with RunLock(tmp_path):
         pass
+
+
+class Matrices:
+    """Activation covariances by name; implements `core.signals.SignalReader`."""
+
+    signals = frozenset({Signal.ACTIVATION_COVARIANCE})
+
+    def __init__(self, **arrays: np.ndarray) -> None:
+        self._arrays = arrays
+
+    def read(self, signal: Signal, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def has(self, signal: Signal, name: str) -> bool:
+        return name in self._arrays
+
+
+def test_a_large_symmetric_matrix_takes_half_the_room_and_comes_back_exactly(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    square = rng.normal(size=(100, 100))
+    given = {"symmetric": (square + square.T) / 2, "other": square, "small": np.eye(3), "flat": square[0]}
+    journal = Journal.create(tmp_path / "journal", "1.0", BELONGS)
+    sizes = []
+    for name in given:
+        reader = RecordingReader(Matrices(**given), "p")
+        reader.read(Signal.ACTIVATION_COVARIANCE, name)
+        journal.append("Measure", "0" * 64, reader, 0.0)
+        sizes.append((journal.folder / f"{len(sizes):06d}.safetensors").stat().st_size)
+    for name, entry in zip(given, Journal.open(journal.folder, "1.0", BELONGS).entries, strict=True):
+        found = entry.observation.read(Signal.ACTIVATION_COVARIANCE, name)  # type: ignore[union-attr]
+        np.testing.assert_array_equal(found, given[name])
+    assert sizes[0] < 0.52 * sizes[1]
+
+
+@pytest.mark.parametrize("side", [99, 101, 10**6])
+def test_a_triangle_of_another_size_is_refused(side: int) -> None:
+    reader = RecordingReader(Matrices(c=np.eye(100)), "p")
+    reader.read(Signal.ACTIVATION_COVARIANCE, "c")
+    observed, arrays = record(reader)
+    text = observed.model_dump_json().replace('"side":100', f'"side":{side}')
+    with pytest.raises(ValueError, match="cannot be an array of shape"):
+        rebuild(type(observed).model_validate_json(text), arrays)
