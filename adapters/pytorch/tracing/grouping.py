@@ -188,17 +188,23 @@ class Grouping:
                     return source.name, axis
         return None
 
-    def _role_codes(self, axis: Axis) -> IntArray:
-        """For every leaf its role on this axis, as an index into ROLES; reading outranks writing."""
-        codes = np.zeros(self._variables.count, dtype=np.int64)
+    def _role_codes(self, axis: Axis, codes: IntArray) -> IntArray:
+        """For the leaves on this axis their role, as an index into ROLES; reading outranks writing.
+
+        `codes` is room for one number per variable, used again for every axis.
+        """
+        codes[self._table(self._axes[axis])] = 0
+        for leaves, _ in self._roles.get(axis, []):
+            codes[leaves] = 0
         for leaves, role in self._roles.get(axis, []):
             codes[leaves] = np.maximum(codes[leaves], ROLES.index(role))
         return codes
 
     def _build(self) -> list[ChannelGroup]:
         slices: dict[int, list[tuple[Axis, int, Role]]] = {}
+        room = np.zeros(self._variables.count, dtype=np.int64)
         for axis, ids in self._axes.items():
-            table, codes = self._table(ids), self._role_codes(axis)
+            table, codes = self._table(ids), self._role_codes(axis, room)
             for column in range(table.shape[1]):
                 groups, first = np.unique(self._group_of[table[:, column]], return_index=True)
                 for group, row in zip(groups.tolist(), first.tolist(), strict=True):

@@ -26,6 +26,8 @@ class Variables:
         self._left = np.zeros(1024, dtype=np.int64)
         self._right = np.zeros(1024, dtype=np.int64)
         self._run = np.zeros(1024, dtype=np.int64)
+        self._mark = np.zeros(1024, dtype=np.int64)
+        """Room for notes on each variable within one method."""
         self._families = [0]
         self._locks: list[tuple[IntArray, str]] = []
         self.count = 1
@@ -34,7 +36,7 @@ class Variables:
         stop = self.count + n
         if stop > len(self._parent):
             size = max(2 * len(self._parent), stop)
-            for name in ("_parent", "_left", "_right", "_run"):
+            for name in ("_parent", "_left", "_right", "_run", "_mark"):
                 grown = np.zeros(size, dtype=np.int64)
                 old = getattr(self, name)
                 grown[: len(old)] = old
@@ -130,10 +132,13 @@ class Variables:
 
     def _bind(self, source: IntArray, target: IntArray) -> bool:
         """Identify independent, distinct `source` variables with `target`, all at once; False if not possible."""
-        if (self._left[source] != TRUE).any() or len(np.unique(source)) != len(source):
+        numbers = np.arange(1, len(source) + 1)
+        self._mark[source] = numbers
+        if (self._left[source] != TRUE).any() or not np.array_equal(self._mark[source], numbers):
             return False
         leaves = self.leaves(target)
-        if np.isin(source, leaves).any():
+        self._mark[leaves] = 0
+        if not self._mark[source].all():
             return False
         self._parent[source] = target
         plain = self._left[target] == TRUE
