@@ -183,8 +183,15 @@ def _record_reads(reader: RecordingReader) -> tuple[_SignalsRecord, dict[str, np
     stored = {}
     for i, (key, side) in enumerate(zip(reads, sides, strict=True)):
         array = reader.reads[key]
-        stored[f"read.{i}"] = np.ascontiguousarray(array) if side is None else array[np.tri(side, dtype=bool)]
+        stored[f"read.{i}"] = _narrowed(array if side is None else array[np.tri(side, dtype=bool)])
     return signals, stored
+
+
+def _narrowed(array: FloatArray) -> np.ndarray:
+    """In single precision where that holds every number exactly, as it does weights."""
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32)
+    return np.ascontiguousarray(single if np.array_equal(single, array) else array)
 
 
 def _is_symmetric(array: FloatArray) -> bool:

@@ -202,10 +202,12 @@ class Matrices:
         return name in self._arrays
 
 
-def test_a_large_symmetric_matrix_takes_half_the_room_and_comes_back_exactly(tmp_path: Path) -> None:
+def test_symmetric_and_single_precision_arrays_take_half_the_room_and_come_back_exactly(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     square = rng.normal(size=(100, 100))
-    given = {"symmetric": (square + square.T) / 2, "other": square, "small": np.eye(3), "flat": square[0]}
+    single = square.astype(np.float32).astype(np.float64)
+    given = {"symmetric": (square + square.T) / 2, "other": square, "single": single}
+    given |= {"small": np.eye(3), "flat": square[0], "huge": np.array([1e300, np.inf])}
     journal = Journal.create(tmp_path / "journal", "1.0", BELONGS)
     sizes = []
     for name in given:
@@ -216,7 +218,9 @@ def test_a_large_symmetric_matrix_takes_half_the_room_and_comes_back_exactly(tmp
     for name, entry in zip(given, Journal.open(journal.folder, "1.0", BELONGS).entries, strict=True):
         found = entry.observation.read(Signal.ACTIVATION_COVARIANCE, name)  # type: ignore[union-attr]
         np.testing.assert_array_equal(found, given[name])
+        assert found.dtype == np.float64
     assert sizes[0] < 0.52 * sizes[1]
+    assert sizes[2] < 0.52 * sizes[1]
 
 
 @pytest.mark.parametrize("side", [99, 101, 10**6])
