@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,11 @@ class Grid:
         """Train what dense models `cells` start from, then run them, `jobs` at a time.
 
         `finished` is called in this thread after each cell, failed or not. Raises LoadError if a dense model
-        cannot be trained; KeyboardInterrupt leaves finished cells on disk and the rest for the next call.
+        cannot be trained. SIGINT and SIGTERM end the children and raise KeyboardInterrupt: finished cells stay
+        on disk, the rest is for the next call.
         """
         processes = _Processes(self._environment)
-        with ThreadPoolExecutor(jobs) as pool:
+        with _termination_interrupts(), ThreadPoolExecutor(jobs) as pool:
             try:
                 seeds = list(dict.fromkeys(cell.seed for cell in cells))
                 for done in as_completed([pool.submit(self._train_dense, processes, seed) for seed in seeds]):
@@ -86,7 +88,20 @@ class Grid:
         return record
 
 
-_INTERRUPTED = (-signal.SIGINT, 130)
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """SIGTERM does what SIGINT does, so that no child outlives this process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, 130)
 """Ctrl-C reaches the children first: what they leave behind is no failure."""
 
 

@@ -332,7 +332,11 @@ def test_a_damaged_record_and_a_changed_dense_model_are_found(bench: Callable[..
     assert bench("--only", name) == 4
 
 
-def test_ctrl_c_keeps_what_is_done_and_records_no_failure(bench: Callable[..., int]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_keeps_what_is_done_and_records_no_failure(
+    number: signal.Signals, bench: Callable[..., int]
+) -> None:
+    """Ctrl-C goes to the whole group of processes, SIGTERM to the one that was started."""
     bench("--list")  # writes the protocol
     words = ["compare", "p.toml", "--output", "out", "--registry", "registry.toml", "--only", "ours/*"]
     text = "import sys; from prunus.core.cli import main; main(sys.argv[1:])"
@@ -341,7 +345,7 @@ def test_ctrl_c_keeps_what_is_done_and_records_no_failure(bench: Callable[..., i
     while len(list(Path("out/cells").glob("*.json"))) < 2:
         assert time.monotonic() < limit
         time.sleep(0.02)
-    os.killpg(child.pid, signal.SIGINT)
+    (os.killpg if number == signal.SIGINT else os.kill)(child.pid, number)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130
     assert b"cells are kept, the same command goes on" in said
