@@ -61,6 +61,8 @@ class Trace:
     statistics: frozenset[Step]
     unknown: Mapping[str, str]
     """Operators that no rule knows -> the module that ran them; what they touch is locked."""
+    notices: tuple[str, ...] = ()
+    """What could not be looked at, in words for the user."""
 
     def masked_output(self, tensors: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]], inputs: Any) -> Any:
         """What the model computes when only `keep` lives: the reference every removal is compared with.
@@ -99,8 +101,9 @@ def trace_model(
     labels = labelling.run(program, floating.__contains__)
     literals, multiplications = list(labelling.literals), list(labelling.multiplications)
     contractions, statistics = list(labelling.contractions), frozenset(labelling.statistics)
+    notices: tuple[str, ...] = ()
     if unused:
-        _label_training(labelling, model, args, kwargs, floating)
+        notices = _label_training(labelling, model, args, kwargs, floating, unused)
         labelling.literals, labelling.multiplications = literals, multiplications
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     grouping = Grouping(labelling)
@@ -124,7 +127,7 @@ def trace_model(
         for x in literals
         if grouping.extent(x.ids).terms
     )
-    return Trace(graph, sites, program, grouping, labels, contractions, statistics, labelling.unknown)
+    return Trace(graph, sites, program, grouping, labels, contractions, statistics, labelling.unknown, notices)
 
 
 def _label_training(
@@ -133,17 +136,24 @@ def _label_training(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     floating: set[str],
-) -> None:
+    unused: set[str],
+) -> tuple[str, ...]:
     """Auxiliary heads run in train mode only, and must follow what they read.
 
-    A train-mode forward that needs more than the example inputs (targets) cannot be captured; its extra
-    parameters then keep their sizes.
+    A train-mode forward that needs more than the example inputs (targets, larger images) cannot be captured:
+    then the `unused` parameters keep their sizes, which the notices say.
     """
     try:
         program = capture(model, _batch(args, 2), kwargs, training=True)
-    except TraceError:
-        return
+    except TraceError as error:
+        owners = sorted({name.split(".")[0] for name in unused})
+        return (
+            f"{', '.join(owners)}: not used in eval mode, and train mode could not be looked at ({error}). These "
+            "layers keep their sizes: training through them fails once what they read is pruned. Use inputs on "
+            "which train mode runs, or a model without them",
+        )
     labelling.run(program, floating.__contains__)
+    return ()
 
 
 def _batch(args: tuple[Any, ...], size: int) -> tuple[Any, ...]:
