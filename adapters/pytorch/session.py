@@ -144,6 +144,7 @@ class PyTorchSession:
             images = {name: getattr(self._bundle, name).samples for name in splits}
         assert self.settings.model is not None
         notes = [*self._built.notes, *(self._bundle.broken.notes if self._bundle is not None else ())]
+        notes.extend(self.adapter.shrinking.trace.notices)
         if self.settings.threads is None and self._threads == 1:
             notes.append("computing with one thread: batches are too small to share (--threads)")
         return Description(
