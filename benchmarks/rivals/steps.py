@@ -56,17 +56,19 @@ class _Groups:
     """Which of our channel groups a group of torch-pruning's is, and how wide it is now."""
 
     def __init__(self, graph: ChannelGraph, model: nn.Module) -> None:
-        self._graph, self._modules = graph, dict(model.named_modules())
-        self._names = {module: name for name, module in self._modules.items()}
-        self._writers = {
-            piece.tensor.removesuffix(".weight"): group.name
-            for group in graph.groups.values()
-            for piece in group.with_role("writes")
-            if piece.axis == 0 and piece.tensor.endswith(".weight")
-        }
+        modules = dict(model.named_modules())
+        self._groups: dict[nn.Module, str] = {}
+        for group in graph.groups.values():
+            for piece in (
+                *group.with_role("writes"),
+                *group.with_role("scales"),
+            ):  # depthwise: a scale per channel
+                module = modules.get(piece.tensor.removesuffix(".weight"))
+                if piece.axis == 0 and isinstance(module, nn.Conv2d | nn.Linear):
+                    self._groups[module] = group.name
 
     def name(self, group: tp.Group) -> str:
-        return self._writers[self._names[group[0].dep.target.module]]
+        return self._groups[group[0].dep.target.module]
 
     def listed(self, pruner: tp.pruner.BasePruner) -> Iterator[tuple[str, int]]:
         """(our group, channels) that the pruner's next step would remove; nothing is removed."""
@@ -74,11 +76,7 @@ class _Groups:
             yield self.name(group), len(group[0].idxs)
 
     def counts(self) -> Counts:
-        found = {}
-        for writer, name in self._writers.items():
-            module = self._modules[writer]
-            found[name] = int(module.weight.shape[0])  # type: ignore[union-attr, index]
-        return found
+        return {name: int(module.weight.shape[0]) for module, name in self._groups.items()}  # type: ignore[union-attr, index]
 
 
 def affordable(graph: ChannelGraph, before: Counts, proposed: Counts, limit: float) -> Counts:
