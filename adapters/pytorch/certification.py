@@ -8,6 +8,7 @@ groups that the forward cannot follow, with what went wrong as the reason.
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,7 +98,8 @@ class _Probe:
         except PrunusError as error:
             return _Fault(str(error))
         except Exception as error:  # the model's own code, with sizes it does not expect
-            message = (str(error).strip().splitlines() or [""])[0][:200]
+            said = str(error).strip().splitlines()
+            message = said[0][:200] if said else _line_of(error)
             return _Fault(f"its forward fails: {type(error).__name__}: {message}")
         finally:
             del pruned
@@ -146,6 +148,12 @@ class _Probe:
 
         search(items, fault)
         return found
+
+
+def _line_of(error: Exception) -> str:
+    """The code that raised: what a bare assertion asked for."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].line or "") if frames else ""
 
 
 def _items(graph: ChannelGraph) -> list[tuple[str, ...]]:

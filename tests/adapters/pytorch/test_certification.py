@@ -116,3 +116,19 @@ def test_rounding_is_told_from_a_fault_without_float64(stubborn: bool, monkeypat
     prepared = prepare(Rounding(stubborn).eval(), torch.randn(1, 6))
     assert len(prepared.graph.prunable) == (0 if stubborn else 1)
     assert asked or stubborn
+
+
+def test_a_bare_assertion_is_quoted_in_the_reason() -> None:
+    class Asserting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 12), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            if x.shape[1] != 12:
+                raise AssertionError  # twelve and no other
+            return self.second(x)
+
+    reasons = [g.locked or "" for g in prepare(Asserting().eval(), torch.randn(1, 4)).graph.groups.values()]
+    assert any("twelve and no other" in reason for reason in reasons)
