@@ -114,8 +114,8 @@ class _Reference:
 
         whole = with_tensors(self.bare, self.tensors)
         expected = masked_call(whole, self.trace.graph, self.keep, args, observe=observe)
-        outputs, own = following(pruned, taken, args)
-        mine, theirs = grounds(own, taken)
+        outputs, pairs = following(pruned, taken, args)
+        mine, theirs = grounds(pairs)
         return (outputs, mine), (expected, theirs)
 
 

@@ -8,6 +8,7 @@ have decided on, and all that it computes given the same decisions.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ ROUNDINGS = frozenset({"aten.ceil", "aten.floor", "aten.round", "aten.trunc", "a
 class Decision:
     """One operator that turned real numbers into indices, truth values or Python numbers."""
 
-    op: str
+    place: tuple[str, str]
+    """(path of the module that ran it, operator)"""
     grounds: tuple[Tensor, ...]
     """The real tensors it was taken on."""
     results: tuple[Any, ...]
@@ -41,35 +43,39 @@ def decision(step: Step, arguments: Mapping[str, Any], result: Any) -> Decision 
     results = tuple(result) if isinstance(result, list | tuple) else (result,)
     if not grounds or not (step.op in ROUNDINGS or any(_discrete(x) for x in results)):
         return None
-    return Decision(step.op, tuple(x.detach().clone() for x in grounds), tuple(_copied(x) for x in results))
+    return Decision(
+        (step.owner, step.op), tuple(x.detach().clone() for x in grounds), tuple(_copied(x) for x in results)
+    )
 
 
-def following(model: nn.Module, taken: Sequence[Decision], args: tuple[Any, ...]) -> tuple[Any, list[Decision]]:
-    """(outputs, own decisions) of `model` in eval mode, made to go the way of the decisions `taken`.
+Pair = tuple[Decision, Decision]
+"""One decision as two passes took it."""
 
-    A decision about an axis that has another length here stays the model's own. Raises TraceError where
-    the pass does not come to the same decisions in the same order.
+
+def following(model: nn.Module, taken: Sequence[Decision], args: tuple[Any, ...]) -> tuple[Any, list[Pair]]:
+    """(outputs, pairs of own and given decisions) of `model` in eval mode, made to go the way of `taken`.
+
+    A decision about an axis that has another length here stays the model's own, and so does what only one
+    of the passes decides because the other has remembered the outcome from before (anchors, scales). Raises
+    TraceError where a module comes to another number of decisions than it should.
     """
     with as_found(model, training=False), torch.no_grad():
         recorder = _Following(model, taken)
         with recorder.watching():
             outputs = model(*args)
-    if len(recorder.own) != len(taken):
-        raise TraceError(
-            f"{len(taken)} decisions are taken by value before the removal, {len(recorder.own)} after"
-        )
-    return outputs, recorder.own
+    recorder.check()
+    return outputs, recorder.pairs
 
 
-def grounds(own: Sequence[Decision], taken: Sequence[Decision]) -> tuple[list[Tensor], list[Tensor]]:
-    """What both passes took their decisions on, in pairs; without the axes that have other lengths."""
-    pairs = [
+def grounds(pairs: Sequence[Pair]) -> tuple[list[Tensor], list[Tensor]]:
+    """What both passes took their decisions on; without the tensors that differ in shape."""
+    found = [
         (a, b)
-        for mine, theirs in zip(own, taken, strict=True)
+        for mine, theirs in pairs
         for a, b in zip(mine.grounds, theirs.grounds, strict=True)
         if a.shape == b.shape
     ]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    return [a for a, _ in found], [b for _, b in found]
 
 
 class _Following(Recorder):
@@ -77,22 +83,32 @@ class _Following(Recorder):
 
     def __init__(self, model: nn.Module, taken: Sequence[Decision]) -> None:
         super().__init__(model)
-        self.own: list[Decision] = []
-        self._taken = taken
+        self.pairs: list[Pair] = []
+        self._given: dict[tuple[str, str], deque[Decision]] = {}
+        for one in taken:
+            self._given.setdefault(one.place, deque()).append(one)
+        self._begun: set[tuple[str, str]] = set()
 
     def _completed(self, step: Step, arguments: dict[str, Any], result: Any) -> Any:
         mine = decision(step, arguments, result)
-        if mine is None:
+        if mine is None or mine.place not in self._given:
             return result
-        place = len(self.own)
-        self.own.append(mine)
-        theirs = self._taken[place] if place < len(self._taken) else None
-        if theirs is None or theirs.op != mine.op:
-            was = theirs.op if theirs else "none"
-            raise TraceError(f"{step.op} in {step.where()} decides by value where the whole model has {was}")
+        self._begun.add(mine.place)
+        if not self._given[mine.place]:
+            raise TraceError(f"{step.op} in {step.where()} decides by value more often than in the whole model")
+        theirs = self._given[mine.place].popleft()
+        self.pairs.append((mine, theirs))
         if any(a.shape != b.shape for a, b in zip(mine.grounds, theirs.grounds, strict=True)):
             return result
         return _replaced(step, arguments, result, theirs)
+
+    def check(self) -> None:
+        """Raises where a module stopped deciding too soon."""
+        for owner, op in self._begun:
+            if self._given[owner, op]:
+                raise TraceError(
+                    f"{op} in {owner or 'the model'} decides by value less often than in the whole model"
+                )
 
 
 def _replaced(step: Step, arguments: Mapping[str, Any], result: Any, taken: Decision) -> Any:

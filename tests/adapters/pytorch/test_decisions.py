@@ -50,28 +50,55 @@ def test_a_model_follows_the_decisions_of_another_though_its_own_would_differ() 
         other = structural_copy(model)
         other.score.bias = nn.Parameter(model.score.bias + 5.0)  # the same order, the same answers but for 5.0
         other.score.weight = nn.Parameter(-model.score.weight)  # and now another order
-    outputs, own = following(other, taken, (x,))
+    outputs, pairs = following(other, taken, (x,))
     assert torch.equal(outputs["places"], expected["places"])
     assert not torch.allclose(outputs["scores"], expected["scores"])
-    a, b = grounds(own, taken)
+    a, b = grounds(pairs)
     assert any(not torch.allclose(p, q) for p, q in zip(a, b, strict=True))
 
 
 def test_a_model_that_follows_itself_gives_its_own_answers() -> None:
     model, x = Detector().eval(), torch.randn(1, 3, 6, 6)
     expected, taken = _decisions(model, trace_model(model, x).graph, x)
-    outputs, own = following(model, taken, (x,))
+    outputs, pairs = following(model, taken, (x,))
     assert all(torch.equal(outputs[key], expected[key]) for key in expected)
-    assert len(own) == len(taken) > 0
+    assert len(pairs) == len(taken) > 0
 
 
-def test_a_pass_that_takes_other_decisions_raises() -> None:
+def test_a_pass_that_takes_more_or_fewer_decisions_raises() -> None:
     model, x = Detector().eval(), torch.randn(1, 3, 6, 6)
     _, taken = _decisions(model, trace_model(model, x).graph, x)
-    with pytest.raises(TraceError, match="decisions are taken by value"):
+    with pytest.raises(TraceError, match="less often than in the whole model"):
         following(model, [*taken, taken[-1]], (x,))
-    with pytest.raises(TraceError, match="decides by value where the whole model has none"):
-        following(model, taken[:-1], (x,))
+    again = [one for one in taken for _ in range(2)][: 2 * len(taken) - 1]
+    with pytest.raises(TraceError, match="less often"):
+        following(model, again, (x,))
+
+
+class Remembering(Detector):
+    """Rounds a number once and remembers it, as detection models do with scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor: float | None = None
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if self.factor is None:
+            self.factor = float(torch.tensor(x.shape[-1] / 5).log2().round())
+        return {key: value * 2.0**self.factor for key, value in super().forward(x).items()}
+
+
+def test_what_one_pass_has_remembered_from_before_is_no_difference() -> None:
+    fresh, used = Remembering().eval(), Remembering().eval()
+    used.load_state_dict(fresh.state_dict())
+    x = torch.randn(1, 3, 6, 6)
+    graph = trace_model(fresh, x).graph
+    used(x)
+    for one, other in ((fresh, used), (used, fresh)):
+        expected, taken = _decisions(one, graph, x)
+        outputs, pairs = following(other, taken, (x,))
+        assert all(torch.equal(outputs[key], expected[key]) for key in expected)
+        assert pairs
 
 
 def test_exact_ties_are_no_difference_and_a_wrong_removal_is_one() -> None:
