@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from typing import Any
 
 from prunus.core.compare_protocol import Entry, Teaching
@@ -11,6 +12,8 @@ from prunus.core.errors import MissingDependencyError
 
 _STYLES = {"method": ("-", 2.0), "reference": (":", 1.2), "rival": ("--", 1.2)}
 """Line and width, by group."""
+_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22",
+            "#17becf", "#393b79", "#637939", "#8c6d31", "#843c39", "#7b4173", "#3182bd", "#e6550d", "#31a354")  # fmt: skip
 
 
 def plot_svg(results: Results) -> str:
@@ -26,16 +29,24 @@ def plot_svg(results: Results) -> str:
         (teaching, epochs)
         for teaching in sorted(results.protocol.teaching, reverse=True)
         for epochs in sorted(results.protocol.epochs)
+        if any(r.outcome and (r.teaching, r.epochs) == (teaching, epochs) for r in results.records)
     ]
+    columns = min(3, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "prunus", "svg.fonttype": "none", "font.size": 9}):
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2), squeeze=False)
-        for axis, (teaching, epochs) in zip(axes[0], panels, strict=True):
-            _panel(axis, results, teaching, epochs)
-        handles = {h.get_label(): h for axis in axes[0] for h in axis.get_legend_handles_labels()[0]}
+        figure, axes = pyplot.subplots(rows, columns, figsize=(4.8 * columns, 4.2 * rows + 0.8), squeeze=False)
+        for axis, panel in itertools.zip_longest(axes.flat, panels):
+            if panel is None:
+                axis.set_axis_off()
+            else:
+                _panel(axis, results, *panel)
+        handles = {h.get_label(): h for axis in axes.flat for h in axis.get_legend_handles_labels()[0]}
         if handles:
-            figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False)
-        figure.tight_layout(rect=(0, 0.05 * (1 + len(handles) // 4), 1, 1))
+            names = 2 * columns
+            figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=names, frameon=False)
+            below = 0.25 * -(-len(handles) // names) / figure.get_figheight()
+            figure.tight_layout(rect=(0, below, 1, 1))
         figure.savefig(text, format="svg", metadata={"Date": None})
         pyplot.close(figure)
     return text.getvalue()
@@ -52,7 +63,7 @@ def _panel(axis: Any, results: Results, teaching: Teaching, epochs: float) -> No
         axis.set_xticks(shares, [f"{share:.3g}" for share in shares])
         axis.minorticks_off()
     for number, entry in enumerate(results.protocol.entries):
-        _line(axis, results, entry, f"C{number % 10}", teaching, epochs)
+        _line(axis, results, entry, _COLOURS[number % len(_COLOURS)], teaching, epochs)
     axis.grid(alpha=0.3)
 
 
