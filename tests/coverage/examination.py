@@ -72,6 +72,7 @@ def examine(name: str) -> dict[str, Any]:
     edits = prepared.bindings.edits(graph.units, graph.units | counts)
     plan = PruningPlan.begin(built.source, graph, {}).after_removal(graph, keep, edits, prepared.handlers)
     record["replayed"] = _replays(plan, model, pruned, spec.example(1))
+    record["gradients"] = "by name"
     record["backward"] = _trains(pruned, model, spec.kind, spec.example(2))
     return record
 

@@ -11,8 +11,14 @@ import torch
 import torchvision
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "timm_families.json"
-TOO_LARGE = ("torchvision/vit_h_14", "torchvision/regnet_y_128gf")
-"""Beyond 600 M parameters: swept on request (`-k vit_h_14`), not as part of a shard."""
+TOO_LARGE = (
+    "torchvision/convnext_large",
+    "torchvision/regnet_y_128gf",
+    "torchvision/vit_h_14",
+    "torchvision/vit_l_16",
+    "torchvision/vit_l_32",
+)
+"""Beyond 150 M parameters, with smaller models of the same builder in the sweep: on request (`-k vit_h_14`)."""
 
 
 def timm_families() -> list[str]:

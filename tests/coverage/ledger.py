@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from families import TOO_LARGE
 
 from prunus.core.files import write_atomically
 
@@ -71,6 +73,7 @@ def passed(record: Mapping[str, Any] | None) -> bool:
 
 def table(models: Mapping[str, Mapping[str, Any]]) -> str:
     good = [r for r in models.values() if not faults(r)]
+    older = sum("error" in r and "gradients" not in r for r in models.values())
     lines = [
         "# Coverage",
         "",
@@ -82,7 +85,13 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> str:
         "predicted MACs and parameters equal the measured ones, before and after (after: parameters alone, where",
         "the number of proposals depends on the weights, in detection). Replay: the plan on a fresh",
         "instance gives the same model bit for bit. Backward: in train mode every parameter that had a gradient",
-        "before the removal has one after it, and it is finite.",
+        "before the removal has one after it, and it is finite. Peak: of tracing and certification, with the",
+        "interpreter's 0.7 GiB; in brackets of the whole examination.",
+        "",
+        f"* {older} records are from before gradients were compared by name: in them, backward means finite ones.",
+        "Where one peak is given, it is that of the whole examination.",
+        "",
+        f"Not swept, since smaller models of the same builders are: {', '.join(TOO_LARGE)}.",
         "",
         "| model | params (M) | groups | seconds (trace) | peak GiB | reachable | pruned to | error "
         "| cost | replay | backward | locked |",
@@ -96,19 +105,28 @@ def _row(record: Mapping[str, Any]) -> str:
     if "error" not in record:
         return f"| {record['model']} |" + " |" * 10 + f" **{faults(record)[0][:200]}** |"
     yes = {True: "yes", False: "**no**"}
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in record["locked"].items())
+    peak = f"{record['peak_gib']:.1f}"
     cells = [
-        record["model"],
+        record["model"] + ("" if "gradients" in record else " *"),
         f"{record['params'] / 1e6:.2f}",
         str(record["groups"]),
         f"{record['seconds']:.1f} ({record['trace_seconds']:.1f})",
-        f"{record['peak_gib']:.1f}",
+        f"{record['trace_gib']:.1f} ({peak})" if "trace_gib" in record else peak,
         f"{record['reachable']:.1%}",
         f"{record['pruned_to']:.1%}",
         f"{max(record['error'], record['probe_error']):.0e}",
         yes[record["cost_exact"] and record["pruned_cost_exact"]],
         yes[record["replayed"]],
         yes[record["backward"]],
-        reasons.replace("|", "/"),
+        "; ".join(f"{count} x {reason}" for reason, count in _reasons(record).items()).replace("|", "/"),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _reasons(record: Mapping[str, Any]) -> dict[str, int]:
+    """reason -> groups; reasons that differ in a number alone (of a block, of an error) count as one."""
+    found: dict[str, int] = {}
+    for reason, count in record["locked"].items():
+        plain = re.sub(r"\d[\d.e+-]*(?=[ ,.]|$)", "*", reason)
+        found[plain] = found.get(plain, 0) + count
+    return found
