@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from prunus.core.directives import (
     Changed,
@@ -166,6 +166,25 @@ class Session(Protocol):
 
     def load(self, folder: Path) -> None:
         """Become the model that `save` wrote (plan replayed, weights strict). Raises LoadError or PlanError."""
+        ...
+
+
+@runtime_checkable
+class SharedSession(Protocol):
+    """A session that several processes can open together, each with its share of the data.
+
+    The method runs in the first process alone. What it asks of its adapter is carried out by all.
+    """
+
+    def follow(self) -> None:
+        """Any process but the first: carry out what the first asks for, until it dismisses.
+
+        Raises ProcessError if the first process ends before, or if its plan is another than here.
+        """
+        ...
+
+    def dismiss(self) -> None:
+        """The first process: the job is done. Raises ProcessError if another holds another plan."""
         ...
 
 

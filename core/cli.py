@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from prunus.core import cli_compare, cli_export, cli_inspect, cli_latency, cli_plugins, cli_prune
+from prunus.core.processes import Place
 
 app = typer.Typer(
     name="optimize",
@@ -39,6 +40,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
@@ -46,6 +48,17 @@ def _options(
 ) -> None:
     if debug:
         os.environ["PRUNUS_DEBUG"] = "1"
+    if context.invoked_subcommand != "prune":
+        _leave_it_to_the_first_process()
+
+
+def _leave_it_to_the_first_process() -> None:
+    """Of several processes that a launcher started, one carries out what is not shared."""
+    place = Place.here()
+    if not place.first:
+        raise typer.Exit
+    if not place.alone:
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,4 +106,10 @@ def _failed(error: Exception) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"optimize: {text}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    who = "optimize" if rank == "0" else f"optimize (process {rank})"
+    print(f"{who}: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -111,6 +111,27 @@ def prune(
     opt: Annotated[str | None, _option("--opt", help="sgd or adamw [sgd].", panel=_TRAINING)] = None,
     weight_decay: Annotated[float | None, _option("--weight-decay", help="Weight decay.", panel=_TRAINING)] = None,
     amp: Annotated[bool | None, _option("--amp/--no-amp", help="Mixed precision [off].", panel=_TRAINING)] = None,
+    amp_dtype: Annotated[
+        str | None, _option("--amp-dtype", help="bfloat16 or float16 [bfloat16].", panel=_TRAINING)
+    ] = None,
+    accumulate: Annotated[
+        int | None, _option("--accumulate", help="Compute a batch in so many parts [1].", panel=_TRAINING)
+    ] = None,
+    clip_grad: Annotated[
+        float | None, _option("--clip-grad", help="Largest norm of the gradients.", panel=_TRAINING)
+    ] = None,
+    model_ema: Annotated[
+        bool | None,
+        _option(
+            "--model-ema/--no-model-ema", help="Average weights; keep what is better held out.", panel=_TRAINING
+        ),
+    ] = None,
+    model_ema_decay: Annotated[
+        float | None, _option("--model-ema-decay", help="Decay of the average [0.9998].", panel=_TRAINING)
+    ] = None,
+    torchcompile: Annotated[
+        bool | None, _option("--torchcompile/--no-torchcompile", help="Compile the model [off].", panel=_TRAINING)
+    ] = None,
     channels_last: Annotated[
         bool | None, _option("--channels-last/--no-channels-last", help="Memory layout [off].", panel=_TRAINING)
     ] = None,
@@ -146,6 +167,7 @@ def prune(
         given["targets"] = target
     if teacher:
         given["teachers"] = teacher
+    from prunus.core.processes import Place
     from prunus.core.registry import Registry
     from prunus.core.run_folder import RunFolder, choose_folder
 
@@ -158,6 +180,8 @@ def prune(
         else:
             settings = _settings(config, {**given, "trust": trust}, set_ or [])
             folder = RunFolder(output or choose_folder(settings))
+        if not Place.here().first:
+            return _follow(settings, entries)
         report = _run(settings, folder, entries, resume=resume is not None, overwrite=overwrite)
         if as_json:
             out.write(json.dumps(report.for_scripts()) + "\n")
@@ -176,7 +200,8 @@ _SETTINGS = frozenset(
     {
         "plugin", "importance", "min_share", "multiple_of", "verify", "model", "pretrained", "checkpoint",
         "img_size", "adapter", "data", "train_limit", "holdout", "workers", "epochs", "dense_epochs",
-        "batch_size", "lr", "opt", "weight_decay", "amp", "channels_last", "device", "threads", "seed",
+        "batch_size", "lr", "opt", "weight_decay", "amp", "amp_dtype", "accumulate", "clip_grad", "model_ema",
+        "model_ema_decay", "torchcompile", "channels_last", "device", "threads", "seed",
     }
 )  # fmt: skip
 _CHANGEABLE = {"workers", "threads"}
@@ -207,7 +232,7 @@ def _run(settings: RunSettings, folder: RunFolder, registry: Any, *, resume: boo
 
     from prunus.core import pruning
     from prunus.core.display import RunDisplay
-    from prunus.core.errors import TrainingError
+    from prunus.core.errors import ProcessError, TrainingError
 
     console = Console(stderr=True)
     try:
@@ -220,11 +245,21 @@ def _run(settings: RunSettings, folder: RunFolder, registry: Any, *, resume: boo
         again = f"optimize prune --resume {folder.path}"
         _tell(console, folder, f"{error.strerror or error}; what was done is safe. Make room, then: {again}")
         raise
+    except ProcessError:
+        _tell(console, folder, f"what was done is safe; continue with: optimize prune --resume {folder.path}")
+        raise
     except TrainingError:
         _tell(
             console, folder, f"the last good state is kept in {folder.checkpoints}; start again with a lower --lr"
         )
         raise
+
+
+def _follow(settings: RunSettings, registry: Any) -> int:
+    from prunus.core import pruning
+
+    pruning.follow(settings, registry)
+    return 0
 
 
 def _tell(console: Console, folder: RunFolder, text: str) -> None:

@@ -13,6 +13,7 @@
     ├── VerificationError           exit 5   masked and pruned outputs differ
     ├── TrainingError               exit 1   NaN or infinity while training
     ├── JournalError                exit 1   a run folder is damaged, foreign or in use
+    ├── ProcessError                exit 1   another process of the job has ended, or holds another plan
     └── PluginError                 exit 1   the plugin is at fault, not the user; names plugin and rule
 
 A message says what is wrong, the value it got, and what is allowed or what to do next. The facts ride
@@ -111,6 +112,10 @@ class TrainingError(PrunusError):
 
 
 class JournalError(PrunusError):
+    pass
+
+
+class ProcessError(PrunusError):
     pass
 
 

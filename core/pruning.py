@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from prunus.core import latency_target
-from prunus.core.adapter import Description, OpenSession, Session
+from prunus.core.adapter import Description, OpenSession, Session, SharedSession
 from prunus.core.allocation import raise_if_unreachable
 from prunus.core.budget import Budget
 from prunus.core.checkpoints import Checkpoints
@@ -189,7 +189,22 @@ def prune(
         session.save(folder.path, plan, report.for_scripts())
         write_page(report, folder.path / "report.html")
         folder.write_json("report.json", report.model_dump(mode="json", by_alias=True))
+        if isinstance(session, SharedSession):
+            session.dismiss()
         return report
+
+
+def follow(settings: RunSettings, registry: Registry) -> None:
+    """Take part in the job of several processes whose first one runs `prune` with the same settings.
+
+    Returns when that has ended well. Raises ConfigError if the adapter works in one process only,
+    ProcessError if another process ends before.
+    """
+    session = registry.adapter(settings.adapter)(find_method(settings, registry).resolved(settings))
+    if not isinstance(session, SharedSession):
+        raise ConfigError(f"the adapter {settings.adapter!r} works in one process only", key="adapter")
+    with Interrupts():  # a stop is for the first process to answer; this one ends with it
+        session.follow()
 
 
 @contextlib.contextmanager

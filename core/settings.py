@@ -80,6 +80,18 @@ class RunSettings(BaseModel):
     """cpu, cuda, cuda:1, mps, or auto."""
     amp: bool = False
     """Train in mixed precision."""
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """The short numbers of mixed precision; with float16 losses are scaled."""
+    accumulate: Annotated[int, Field(ge=1, le=65_536)] = 1
+    """Compute each batch in so many parts, one after the other, to save memory; a step is one batch still."""
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of all gradients together; longer ones are shortened."""
+    model_ema: bool = False
+    """Average the weights over the steps of a training, and keep the average where it is better held out."""
+    model_ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9998
+    """Decay of that average, per step; smaller in the first steps."""
+    torchcompile: bool = False
+    """Compile the model for training; every removal compiles it anew."""
     channels_last: bool = False
     """Memory layout that convolutions like."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0

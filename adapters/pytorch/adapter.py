@@ -15,29 +15,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.adapters.pytorch.artifact import apply_plan
-from prunus.adapters.pytorch.averaging import WeightAverage
+from prunus.adapters.pytorch.averaging import WeightAverage, decay_of, settle
 from prunus.adapters.pytorch.batches import Batches, DataBundle
 from prunus.adapters.pytorch.distillation import Teacher, classification_loss
 from prunus.adapters.pytorch.evaluation import evaluate
 from prunus.adapters.pytorch.gating import Gating, fold
-from prunus.adapters.pytorch.lineage import map_back, spread
+from prunus.adapters.pytorch.lineage import map_back, of_kept, spread
 from prunus.adapters.pytorch.optimizers import TrainingSettings
+from prunus.adapters.pytorch.processes import ALONE, Processes
 from prunus.adapters.pytorch.recalibration import recalibrate
 from prunus.adapters.pytorch.refit import refit
 from prunus.adapters.pytorch.run_state import (
-    SavedModel,
+    Remembered,
     read_base,
     read_counters,
-    read_model,
+    rebuild_model,
     restore_optimizer,
     write_state,
 )
 from prunus.adapters.pytorch.shrinking_model import UNVERIFIED, Origin, ShrinkingModel
-from prunus.adapters.pytorch.signals import measure
+from prunus.adapters.pytorch.signals import MeasuredSignals, measure
 from prunus.adapters.pytorch.training import Job, Progress, Trainer
 from prunus.adapters.pytorch.unit_decay import UnitDecay
-from prunus.adapters.pytorch.weights import load_strictly
 from prunus.core.adapter import Watcher
 from prunus.core.cost import FloatArray
 from prunus.core.directives import (
@@ -53,10 +52,10 @@ from prunus.core.directives import (
     Train,
     Trained,
 )
-from prunus.core.errors import ConfigError, JournalError, LoadError, PlanError
+from prunus.core.errors import ConfigError, JournalError
 from prunus.core.graph import ChannelGraph, Keep
 from prunus.core.plan import PruningPlan
-from prunus.core.signals import NEEDS_DATA, SignalReader
+from prunus.core.signals import NEEDS_DATA
 
 TRIAL_IMAGES = 512
 """Calibration images that refit a sub-network which is only evaluated."""
@@ -73,25 +72,22 @@ class AdapterSettings:
     verify: bool = True
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Remembered:
-    """A model that is not trained any more, and how it descends from its original."""
-
-    model: nn.Module
-    plan: PruningPlan
-    macs: float
-    foreign: bool = False
-    """Brought by the user: not part of the run's state."""
-
-
 class PyTorchAdapter:
     """One model, its data and everything that changes while it is pruned."""
 
     def __init__(
-        self, model: nn.Module, origin: Origin, settings: AdapterSettings, data: DataBundle | None = None
+        self,
+        model: nn.Module,
+        origin: Origin,
+        settings: AdapterSettings,
+        data: DataBundle | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        """Traces and certifies `model`, which must be the whole original. Raises TraceError."""
-        self.origin, self.settings, self.data = origin, settings, data
+        """Traces and certifies `model`, which must be the whole original. Raises TraceError.
+
+        Of several `processes` all carry out the same directives, each on its share of `data`.
+        """
+        self.origin, self.settings, self.data, self.processes = origin, settings, data, processes
         self.shrinking = ShrinkingModel(
             model, origin, settings.training.device, settings.min_share, settings.multiple_of
         )
@@ -144,29 +140,53 @@ class PyTorchAdapter:
 
     # ---- measure, evaluate ------------------------------------------------------------------------
 
-    def measure(self, directive: Measure) -> SignalReader:
+    def measure(self, directive: Measure) -> MeasuredSignals:
         batches: Any = ()
         if directive.signals & NEEDS_DATA:
-            batches = self._split(directive.split).part(directive.images, directive.fold)
-        return measure(self.model, self.graph, batches, directive.signals, classification_loss, directive.gates)
+            batches = self._share(directive.split, directive.images, directive.fold)
+        return measure(
+            self.model,
+            self.graph,
+            batches,
+            directive.signals,
+            classification_loss,
+            directive.gates,
+            processes=self.processes,
+        )
 
     def evaluate(self, directive: Evaluate) -> Evaluated:
-        batches = self._split(directive.split).part(directive.images)
-        device = self.settings.training.device
+        batches = self._share(directive.split, directive.images)
         if directive.model is not None:
-            return evaluate(self._snapshot(directive.model).model, batches, device)
+            return self._evaluated(self._snapshot(directive.model).model, batches)
         if directive.within is None:
             with Gating(self.model, self.graph, directive.gates):
-                return evaluate(self.model, batches, device)
+                return self._evaluated(self.model, batches)
         small, graph = self.shrinking.extracted(directive.within)
-        if directive.refit != "none":
-            self._refit(
-                small, self.plan.after_removal(self.graph, directive.within), directive.refit, TRIAL_IMAGES
-            )
-        if directive.recalibrate:
-            recalibrate(small, self._split("calibration").part(TRIAL_IMAGES))
-        with Gating(small, graph, _of_kept(directive.gates, directive.within)):
-            return evaluate(small, batches, device)
+        self._adjust_trial(small, directive, directive.within)
+        with Gating(small, graph, of_kept(directive.gates, directive.within)):
+            return self._evaluated(small, batches)
+
+    def _evaluated(self, module: nn.Module, batches: Batches) -> Evaluated:
+        """`batches`: this process's share; the answer is for those of all."""
+        return evaluate(module, batches, self.settings.training.device, self.processes)
+
+    def _adjust_trial(self, small: nn.Module, directive: Evaluate, keep: Keep) -> None:
+        def adjust() -> None:
+            if directive.refit != "none":
+                self._refit(small, self.plan.after_removal(self.graph, keep), directive.refit, TRIAL_IMAGES)
+            if directive.recalibrate:
+                recalibrate(small, self._split("calibration").part(TRIAL_IMAGES))
+
+        if directive.refit != "none" or directive.recalibrate:
+            self.processes.by_first(adjust, small)
+
+    def test(self) -> Evaluated:
+        """The current model on the test split."""
+        return self._evaluated(self.model, self._share("test"))
+
+    def _share(self, split: str, images: int | None = None, fold: tuple[int, int] = (0, 1)) -> Batches:
+        """What this process takes of a part of a split."""
+        return self.processes.share(self._split(split).part(images, fold))
 
     def _split(self, name: str) -> Batches:
         """Images without augmentation."""
@@ -198,12 +218,12 @@ class PyTorchAdapter:
         self._state_changes += 1
 
     def _train(self, directive: Train) -> Trained:
-        average = None
-        if directive.ema is not None:
+        average, decay = None, decay_of(directive, self.settings.training.average)
+        if decay is not None:
             if self._averaged is None:
                 self._averaged = copy.deepcopy(self.model)
             updates = self._epochs_done * self._bundle.train.steps
-            average = WeightAverage(self._averaged, self.model, directive.ema, updates)
+            average = WeightAverage(self._averaged, self.model, decay, updates)
         job = Job(
             directive=directive,
             index=self._state_changes,
@@ -215,16 +235,26 @@ class PyTorchAdapter:
             first_epoch=self._epochs_done,
             on_epoch_end=self._epoch_ended,
             progress=self._stepped,
+            notice=self._notice,
         )
         result = self._trainer.train(self.model, self.optimizer, job)
-        if self._averaged is not None:
+        if self._averaged is not None and directive.ema is not None:
             self.snapshots["ema"] = Remembered(self._averaged.eval(), self.plan, self.forward_macs)
+        elif self._averaged is not None:
+            self._notice(settle(self.model, self._averaged, self._judged))
         return result
+
+    def _judged(self, module: nn.Module) -> Evaluated:
+        return self._evaluated(module, self._share("holdout"))
+
+    def _notice(self, text: str) -> None:
+        if self._watcher is not None:
+            self._watcher.notice(text)
 
     def _train_within(self, directive: Train, keep: Keep) -> Trained:
         """Train an extracted copy, then map its weights back to their places."""
         small, graph = self.shrinking.extracted(keep)
-        gates, decay = _of_kept(directive.gates, keep), _of_kept(directive.decay, keep)
+        gates, decay = of_kept(directive.gates, keep), of_kept(directive.decay, keep)
         job = Job(
             directive=directive,
             index=self._state_changes,
@@ -233,6 +263,7 @@ class PyTorchAdapter:
             make_hook=_gating(small, graph, gates),
             decay=UnitDecay(small, graph, decay) if decay else None,
             progress=self._stepped,
+            notice=self._notice,
         )
         result = self._trainer.train(small, self.settings.training.make_optimizer(small), job)
         map_back(small, self.model, self.graph, keep)
@@ -257,7 +288,8 @@ class PyTorchAdapter:
 
     @property
     def _trainer(self) -> Trainer:
-        return Trainer(self.settings.training, self._bundle.train, self.settings.seed)
+        train = self.processes.share(self._bundle.train)
+        return Trainer(self.settings.training, train, self.settings.seed, self.processes)
 
     @property
     def _bundle(self) -> DataBundle:
@@ -296,13 +328,17 @@ class PyTorchAdapter:
             self._target = None
         target = self._target = self._target or Remembered(copy.deepcopy(self.model), plan, self.forward_macs)
         verification = self.shrinking.remove(keep, verified=self.settings.verify, seed=self._seed)
-        if directive.refit != "none":
-            survival = directive.survival
-            if survival is not None:
-                dense, kept = self.shrinking.since(target.plan, plan)
-                survival = spread(survival, kept, dense)
-            self._refit(self.model, self.plan, directive.refit, directive.images, survival)
-        refit_from = self._recalibrate(directive)
+
+        def adjust() -> float | None:
+            if directive.refit != "none":
+                survival = directive.survival
+                if survival is not None:
+                    dense, kept = self.shrinking.since(target.plan, plan)
+                    survival = spread(survival, kept, dense)
+                self._refit(self.model, self.plan, directive.refit, directive.images, survival)
+            return self._recalibrate(directive)
+
+        refit_from = self.processes.by_first(adjust, self.model)
         if directive.refit != "none" or directive.recalibrate != "no":
             self._restart_companions()
         self._state_changes += 1
@@ -325,9 +361,9 @@ class PyTorchAdapter:
         dense, since = self.shrinking.since(self._target.plan, plan)
         batches = self._split("calibration").part(images)
         done = refit(small, self._target.model, dense, dense.kept_indices(since), batches, mode, survival)
-        if done.skipped and small is self.model and self._watcher is not None:
+        if done.skipped and small is self.model:
             name, reason = next(iter(done.skipped.items()))
-            self._watcher.notice(f"{len(done.skipped)} layers were not refitted, {name} among them: {reason}")
+            self._notice(f"{len(done.skipped)} layers were not refitted, {name} among them: {reason}")
 
     def _recalibrate(self, directive: Remove) -> float | None:
         if directive.recalibrate == "no":
@@ -361,14 +397,12 @@ class PyTorchAdapter:
         return self.settings.seed * 1_000_003 + self._state_changes
 
     def checkpoint(self, folder: Path) -> None:
-        models = {"model": SavedModel(self.model, self.plan, self.forward_macs)}
+        models = {"model": Remembered(self.model, self.plan, self.forward_macs)}
         if self._target is not None:
-            models["target"] = SavedModel(self._target.model, self._target.plan, self._target.macs)
+            models["target"] = self._target
         if self._averaged is not None:
-            models["average"] = SavedModel(self._averaged, self.plan, self.forward_macs)
-        for name, kept in self.snapshots.items():
-            if not kept.foreign:
-                models[f"snapshot-{name}"] = SavedModel(kept.model, kept.plan, kept.macs)
+            models["average"] = Remembered(self._averaged, self.plan, self.forward_macs)
+        models |= {f"snapshot-{name}": kept for name, kept in self.snapshots.items() if not kept.foreign}
         write_state(
             folder,
             models,
@@ -384,7 +418,10 @@ class PyTorchAdapter:
         base_plan, source = read_base(folder), self.origin.source
         if base_plan.model != source:
             raise JournalError(f"{folder} is of the model {base_plan.model.name!r}, not {source.name!r}")
-        models = {name: Remembered(*self._rebuilt(folder / name), macs) for name, macs in counters.models.items()}
+        models: dict[str, Remembered] = {}
+        for name, macs in counters.models.items():
+            model, plan = rebuild_model(folder / name, lambda: self.origin.build(source))
+            models[name] = Remembered(model.to(self.settings.training.device), plan, macs)
         self.shrinking.become(base_plan, models["model"].model, models["model"].plan)
         self._target = models.get("target")
         self._averaged = models["average"].model if "average" in models else None
@@ -396,24 +433,6 @@ class PyTorchAdapter:
             restore_optimizer(folder, counters, self.model, self.optimizer)
         self._state_changes, self._epochs_done = counters.state_changes, counters.epochs_done
 
-    def _rebuilt(self, folder: Path) -> tuple[nn.Module, PruningPlan]:
-        """A saved model. Raises JournalError if it is damaged."""
-        plan, tensors = read_model(folder)
-        model = self.origin.build(self.origin.source)
-        try:
-            apply_plan(model, plan)
-            load_strictly(model, tensors, str(folder))
-        except (LoadError, PlanError) as error:
-            raise JournalError(str(error)) from error
-        return model.to(self.settings.training.device), plan
-
 
 def _gating(model: nn.Module, graph: ChannelGraph, gates: Gates | None) -> Callable[[], Gating] | None:
     return None if gates is None else lambda: Gating(model, graph, gates)
-
-
-def _of_kept(values: Gates | None, keep: Keep) -> Gates | None:
-    """Per-unit values of the units that stay."""
-    if values is None:
-        return None
-    return {name: array[keep[name]] if name in keep else array for name, array in values.items()}

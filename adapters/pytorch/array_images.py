@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunus.adapters.pytorch.batches import Batch, take_part
+from prunus.adapters.pytorch.batches import Batch, check_divisible, share_of, take_part
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.core.cost import IntArray
 from prunus.core.errors import LoadError
@@ -70,11 +71,15 @@ class ArrayBatches:
         return len(self._order)
 
     def __iter__(self) -> Iterator[Batch]:
-        for index in torch.from_numpy(self._order).split(self._batch_size):
+        for index in torch.from_numpy(self._order).split(self._batch_size) if len(self._order) else ():
             yield normalised(self._data.images[index], self._spec), self._data.labels[index]
 
     def part(self, images: int | None = None, fold: tuple[int, int] = (0, 1)) -> ArrayBatches:
         order = take_part(self._order, images, fold)
+        return ArrayBatches(self._data, order, self._spec, self._batch_size)
+
+    def share(self, rank: int, count: int) -> ArrayBatches:
+        order = share_of(self._order, self._batch_size, rank, count)
         return ArrayBatches(self._data, order, self._spec, self._batch_size)
 
 
@@ -85,6 +90,7 @@ class ArrayTrainBatches:
         self._data, self._spec, self._batch_size, self._flip = data, spec, batch_size, flip
         self._shift = shift
         self._padded = functional.pad(data.images, (shift,) * 4)
+        self._share = slice(None)
 
     @property
     def samples(self) -> int:
@@ -99,7 +105,14 @@ class ArrayTrainBatches:
         order = rng.permutation(self.samples)
         for step in range(self.steps):
             index = torch.from_numpy(order[step * self._batch_size : (step + 1) * self._batch_size])
-            yield normalised(self._augmented(index, rng), self._spec), self._data.labels[index]
+            images = self._augmented(index, rng)[self._share]
+            yield normalised(images, self._spec), self._data.labels[index[self._share]]
+
+    def share(self, rank: int, count: int) -> ArrayTrainBatches:
+        check_divisible(self._batch_size, count)
+        shared = copy.copy(self)
+        shared._share = slice(rank, None, count)
+        return shared
 
     def _augmented(self, index: Tensor, rng: np.random.Generator) -> Tensor:
         height, width = self._data.images.shape[2:]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunus.adapters.pytorch.broken_images import BrokenImages
 from prunus.core.cost import IntArray
-from prunus.core.errors import LoadError
+from prunus.core.errors import ConfigError, LoadError
 
 Batch = tuple[Tensor, Tensor]
 """Images (batch, channels, height, width), float32, normalised; labels (batch,), int64."""
@@ -29,6 +29,10 @@ class Batches(Protocol):
         """The k-th of n disjoint parts (`fold` = (k, n)) of the first `images` images."""
         ...
 
+    def share(self, rank: int, count: int) -> Batches:
+        """Every `count`-th of these batches, from the `rank`-th on: what one of several processes takes."""
+        ...
+
 
 class TrainBatches(Protocol):
     """Augmented images in random order; an incomplete last batch is left out."""
@@ -43,6 +47,13 @@ class TrainBatches(Protocol):
 
     def epoch(self, seed: int) -> Iterator[Batch]:
         """One epoch, whose order and augmentation depend on `seed` alone."""
+        ...
+
+    def share(self, rank: int, count: int) -> TrainBatches:
+        """Every `count`-th image of each of these batches, from the `rank`-th on; as many batches.
+
+        Raises ConfigError if the batches cannot be divided into equal shares.
+        """
         ...
 
 
@@ -68,6 +79,21 @@ def take_part(indices: IntArray, images: int | None, fold: tuple[int, int]) -> I
     if not 0 <= part < parts:
         raise LoadError(f"fold {part} of {parts} does not exist")
     return indices[:images][part::parts]
+
+
+def share_of(order: IntArray, batch_size: int, rank: int, count: int) -> IntArray:
+    """The part of `order` that its batches `rank`, `rank + count`... hold."""
+    return order[np.arange(len(order)) // batch_size % count == rank]
+
+
+def check_divisible(batch_size: int, count: int) -> None:
+    """Raises ConfigError if `count` processes cannot take equal shares of a batch."""
+    if batch_size % count:
+        raise ConfigError(
+            f"--batch-size {batch_size} counts the images of all processes together and cannot be shared equally "
+            f"by {count}; give a multiple of {count}",
+            key="batch_size",
+        )
 
 
 def stratified_split(labels: Sequence[int] | IntArray, share: float, seed: int) -> tuple[IntArray, IntArray]:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from prunus.adapters.pytorch.batches import Batch
 from prunus.adapters.pytorch.distillation import logits_of
+from prunus.adapters.pytorch.processes import ALONE, Processes
 from prunus.core.directives import Evaluated
 from prunus.core.errors import LoadError, TrainingError
 
@@ -29,9 +30,12 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, batches: Iterable[Batch], device: str = "cpu") -> Evaluated:
+def evaluate(
+    module: nn.Module, batches: Iterable[Batch], device: str = "cpu", processes: Processes = ALONE
+) -> Evaluated:
     """Mean cross-entropy and top-1 share over all images, in eval mode and float32.
 
+    `batches` are this process's share; the answer is over the shares of all `processes`.
     Raises TrainingError if an output is NaN or infinite, LoadError if there is no image or a label is
     beyond the model's classes.
     """
@@ -49,6 +53,8 @@ def evaluate(module: nn.Module, batches: Iterable[Batch], device: str = "cpu") -
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
             samples += len(labels)
+    total = processes.sum(torch.tensor([loss, right, samples], dtype=torch.float64))
+    loss, right, samples = float(total[0]), int(total[1]), int(total[2])
     if not samples:
         raise LoadError("there is no image to evaluate on")
     return Evaluated(loss=loss / samples, accuracy=right / samples, samples=samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prunus.adapters.pytorch.batches import Batch, take_part
+from prunus.adapters.pytorch.batches import Batch, check_divisible, share_of, take_part
 from prunus.adapters.pytorch.broken_images import BrokenImages
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.core.cost import IntArray
@@ -142,6 +143,10 @@ class FileBatches:
     def part(self, images: int | None = None, fold: tuple[int, int] = (0, 1)) -> FileBatches:
         return FileBatches(self._data, take_part(self._order, images, fold), self._settings, self._broken)
 
+    def share(self, rank: int, count: int) -> FileBatches:
+        order = share_of(self._order, self._settings.batch_size, rank, count)
+        return FileBatches(self._data, order, self._settings, self._broken)
+
 
 class FileTrainBatches:
     """Batches augmented as timm does for training: random resized crop, mirror, colour jitter."""
@@ -151,6 +156,7 @@ class FileTrainBatches:
     ) -> None:
         self._data, self._indices, self._settings = data, indices, settings
         self._broken = broken or BrokenImages()
+        self._share = slice(None)
 
     @property
     def samples(self) -> int:
@@ -166,9 +172,15 @@ class FileTrainBatches:
         seeds = rng.integers(0, 2**31, len(order))
         tickets = [(int(i), int(s)) for i, s in zip(order, seeds, strict=True)]
         size = self._settings.batch_size
-        batches = [tickets[i * size : (i + 1) * size] for i in range(self.steps)]
+        batches = [tickets[i * size : (i + 1) * size][self._share] for i in range(self.steps)]
         for images, labels, _ in _load(self._data, batches, self._settings, self._broken):
             yield images, labels
+
+    def share(self, rank: int, count: int) -> FileTrainBatches:
+        check_divisible(self._settings.batch_size, count)
+        shared = copy.copy(self)
+        shared._share = slice(rank, None, count)
+        return shared
 
 
 def _load(

@@ -84,6 +84,11 @@ class Gating:
         return gate.expand(gated.tensor.shape).clone().requires_grad_(self._gradients)
 
     @property
+    def watches(self) -> bool:
+        """True if norms or standardised weights are computed otherwise in forward passes, not only weights."""
+        return bool(self._norms or self._convolutions)
+
+    @property
     def sensed(self) -> list[Tensor]:
         """The tensors whose gradients `gate_gradients` needs, in its order."""
         return [t.tensor for t in self._sensors] + self._norm_gates + self._convolution_gates

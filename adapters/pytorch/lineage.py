@@ -38,6 +38,13 @@ def kept_since(earlier: PruningPlan, later: PruningPlan) -> dict[str, IntArray]:
     }
 
 
+def of_kept(values: Mapping[str, FloatArray] | None, keep: Keep) -> dict[str, FloatArray] | None:
+    """Per-unit values of the units that stay."""
+    if values is None:
+        return None
+    return {name: array[keep[name]] if name in keep else array for name, array in values.items()}
+
+
 def spread(
     values: Mapping[str, FloatArray], kept: Mapping[str, IntArray], graph: ChannelGraph
 ) -> dict[str, FloatArray]:

@@ -8,11 +8,12 @@ from collections import deque
 
 from torch import Tensor
 
-from prunus.adapters.pytorch.adapter import PyTorchAdapter, Remembered
+from prunus.adapters.pytorch.adapter import PyTorchAdapter
 from prunus.adapters.pytorch.averaging import WeightAverage
 from prunus.adapters.pytorch.distillation import distillation_loss, teacher_logits
 from prunus.adapters.pytorch.gating import Gating
 from prunus.adapters.pytorch.loop_hooks import LoopHooks
+from prunus.adapters.pytorch.run_state import Remembered
 from prunus.adapters.pytorch.schedule import learning_rate
 from prunus.adapters.pytorch.unit_decay import UnitDecay
 from prunus.core.directives import Train, Trained

@@ -13,7 +13,9 @@ from torch import nn
 from prunus.core.errors import ConfigError
 
 OptimizerName = Literal["sgd", "adamw"]
-Amp = Literal["off", "bf16", "auto"]
+Amp = Literal["off", "bf16", "fp16", "auto"]
+FIRST_SCALE = 2.0**13
+"""Of losses in float16: large enough for small gradients, and few steps are lost where it is too large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,14 @@ class TrainingSettings:
     """Largest norm of all gradients together."""
     device: str = "cpu"
     amp: Amp = "off"
-    """`auto`: bfloat16 where the processor multiplies it natively."""
+    """`auto`: bfloat16 where the processor multiplies it natively. `fp16`: float16, with scaled losses."""
     channels_last: bool = True
+    accumulate: int = 1
+    """Parts in which a batch is computed, one after the other, to save memory."""
+    compile: bool = False
+    """Compile the model for training, where that can be done."""
+    average: float | None = None
+    """Decay of a moving average of the weights; see `settled_average`."""
 
     def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         """SGD with Nesterov's momentum, or AdamW, over the parameters that train."""
@@ -52,7 +60,12 @@ class TrainingSettings:
         kind = torch.device(self.device).type
         if self.amp == "off" or (self.amp == "auto" and not fast_bfloat16(kind)):
             return nullcontext()
-        return torch.autocast(kind, dtype=torch.bfloat16)
+        return torch.autocast(kind, dtype=torch.float16 if self.amp == "fp16" else torch.bfloat16)
+
+    def make_scaler(self) -> torch.amp.GradScaler | None:
+        """Keeps small gradients from vanishing in float16; no other format needs it."""
+        kind = torch.device(self.device).type
+        return torch.amp.GradScaler(kind, init_scale=FIRST_SCALE) if self.amp == "fp16" else None
 
 
 def fast_bfloat16(device: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from prunus.adapters.pytorch.artifact import read_plan, write_plan
-from prunus.adapters.pytorch.weights import read_tensors, untied_state, write_tensors
-from prunus.core.errors import JournalError, LoadError
+from prunus.adapters.pytorch.artifact import apply_plan, read_plan, write_plan
+from prunus.adapters.pytorch.weights import load_strictly, read_tensors, untied_state, write_tensors
+from prunus.core.errors import JournalError, LoadError, PlanError
 from prunus.core.files import write_atomically
 from prunus.core.plan import PruningPlan
 
@@ -40,15 +40,18 @@ class Counters(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SavedModel:
-    """A model and the plan that gives a fresh original its shape."""
+class Remembered:
+    """A model at one moment of a run, and the plan that gives a fresh original its shape."""
 
     model: nn.Module
     plan: PruningPlan
     macs: float
+    """MACs of one forward pass of one image."""
+    foreign: bool = False
+    """Brought by the user: not part of the run's state."""
 
 
-def write_model(folder: Path, saved: SavedModel) -> None:
+def write_model(folder: Path, saved: Remembered) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", untied_state(saved.model), {"format": "pt"})
     write_plan(folder, saved.plan)
@@ -56,7 +59,7 @@ def write_model(folder: Path, saved: SavedModel) -> None:
 
 def write_state(
     folder: Path,
-    models: Mapping[str, SavedModel],
+    models: Mapping[str, Remembered],
     base: PruningPlan,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
@@ -96,12 +99,16 @@ def read_base(folder: Path) -> PruningPlan:
         raise JournalError(str(error)) from error
 
 
-def read_model(folder: Path) -> tuple[PruningPlan, dict[str, Tensor]]:
-    """Plan and tensors of a saved model. Raises JournalError if they are missing or damaged."""
+def rebuild_model(folder: Path, original: Callable[[], nn.Module]) -> tuple[nn.Module, PruningPlan]:
+    """A saved model, made of a fresh `original`, and its plan. Raises JournalError if it is damaged."""
     try:
-        return read_plan(folder), read_tensors(folder / "model.safetensors")
-    except LoadError as error:
+        plan, tensors = read_plan(folder), read_tensors(folder / "model.safetensors")
+        model = original()
+        apply_plan(model, plan)
+        load_strictly(model, tensors, str(folder))
+    except (LoadError, PlanError) as error:
         raise JournalError(str(error)) from error
+    return model, plan
 
 
 def _optimizer_state(

@@ -13,21 +13,24 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from prunus.adapters.pytorch.adapter import AdapterSettings, PyTorchAdapter, Remembered
+from prunus.adapters.pytorch.adapter import AdapterSettings, PyTorchAdapter
 from prunus.adapters.pytorch.artifact import PLAN_FILE, assemble, load, read_plan, save_artifact
 from prunus.adapters.pytorch.batches import DataBundle
 from prunus.adapters.pytorch.catalog import BuiltModel, build, construct
 from prunus.adapters.pytorch.datasets import DataSource, LoadOptions, load_data, open_data
 from prunus.adapters.pytorch.defaults import filled
-from prunus.adapters.pytorch.evaluation import evaluate
+from prunus.adapters.pytorch.distributed import LeadingAdapter, follow
 from prunus.adapters.pytorch.export import EXPORTS
 from prunus.adapters.pytorch.hub import push_folder, write_folder
 from prunus.adapters.pytorch.latency import measure_pair
 from prunus.adapters.pytorch.latency_table import latency, latency_table
 from prunus.adapters.pytorch.optimizers import TrainingSettings
+from prunus.adapters.pytorch.processes import ALONE, Processes, SeveralProcesses, join
+from prunus.adapters.pytorch.run_state import Remembered
 from prunus.adapters.pytorch.shrinking_model import Origin
 from prunus.core.adapter import Description
 from prunus.core.cost import CostTerm
+from prunus.core.digest import digest
 from prunus.core.directives import Evaluated
 from prunus.core.errors import ConfigError, LoadError
 from prunus.core.export import ExportFormat, ExportReport
@@ -50,13 +53,19 @@ class PyTorchSession:
         built: BuiltModel,
         bundle: DataBundle | None,
         construct_original: Callable[[ModelSource], nn.Module],
+        processes: Processes = ALONE,
     ) -> None:
         """`settings` must be filled; `construct_original` makes a fresh original, weights of no matter."""
-        self.settings = settings
-        self._device = _device(settings.device)
+        self.settings, self._processes = settings, processes
+        self._device = processes.device if isinstance(processes, SeveralProcesses) else _device(settings.device)
         self._built, self._bundle, self._construct = built, bundle, construct_original
         origin = Origin(built.source, built.input, construct_original, _provenance(settings))
-        self.adapter = PyTorchAdapter(built.module, origin, self._adapter_settings(), bundle)
+        if isinstance(processes, SeveralProcesses) and processes.place.first:
+            self.adapter: PyTorchAdapter = LeadingAdapter(
+                built.module, origin, self._adapter_settings(), bundle, processes
+            )
+        else:
+            self.adapter = PyTorchAdapter(built.module, origin, self._adapter_settings(), bundle, processes)
         self._threads = self._limit_threads()
         self.teachers = tuple(self._remember_teacher(i, name) for i, name in enumerate(settings.teachers))
 
@@ -78,8 +87,12 @@ class PyTorchSession:
             optimizer=settings.opt,
             weight_decay=settings.weight_decay,
             device=self._device,
-            amp="bf16" if settings.amp else "off",
+            clip=settings.clip_grad,
+            amp=("fp16" if settings.amp_dtype == "float16" else "bf16") if settings.amp else "off",
             channels_last=settings.channels_last,
+            accumulate=settings.accumulate,
+            compile=settings.torchcompile,
+            average=settings.model_ema_decay if settings.model_ema else None,
         )
         return AdapterSettings(training, settings.seed, settings.min_share, settings.multiple_of, settings.verify)
 
@@ -147,6 +160,8 @@ class PyTorchSession:
         notes.extend(self.adapter.shrinking.trace.notices)
         if self.settings.threads is None and self._threads == 1:
             notes.append("computing with one thread: batches are too small to share (--threads)")
+        if not self._processes.place.alone:
+            notes.append(f"{self._processes.place.count} processes share every batch")
         return Description(
             model=self.settings.model,
             input_size=self._built.input.size,
@@ -161,7 +176,15 @@ class PyTorchSession:
     def test(self) -> Evaluated | None:
         if self._bundle is None:
             return None
-        return evaluate(self.adapter.model, self._bundle.test, self._device)
+        return self.adapter.test()
+
+    def follow(self) -> None:
+        assert isinstance(self._processes, SeveralProcesses)
+        follow(self.adapter, self._processes)
+
+    def dismiss(self) -> None:
+        if isinstance(self.adapter, LeadingAdapter):
+            self.adapter.dismiss()
 
     def save(self, folder: Path, plan: PruningPlan, report: Mapping[str, Any]) -> None:
         model = self.adapter.model.to("cpu")
@@ -222,6 +245,10 @@ class PyTorchSession:
 def open_session(settings: RunSettings) -> PyTorchSession:
     """Build the model, find the data, trace. Raises ConfigError, LoadError or TraceError."""
     settings = filled(settings)
+    processes = join(_device(settings.device))
+    if isinstance(processes, SeveralProcesses):
+        told = settings.model_dump(mode="json", exclude={"workers", "threads", "trust"})
+        processes.check_same("command", digest(told))
     found = open_data(settings.data)
     built = _build(settings, found)
 
@@ -231,7 +258,7 @@ def open_session(settings: RunSettings) -> PyTorchSession:
             raise LoadError(f"the plan is of the model {source.name!r}, not of {built.source.name!r}")
         return construct(source, allow_python=True)
 
-    return PyTorchSession(settings, built, _bundle(settings, found, built), original)
+    return PyTorchSession(settings, built, _bundle(settings, found, built), original, processes)
 
 
 def _build(settings: RunSettings, found: DataSource | None) -> BuiltModel:

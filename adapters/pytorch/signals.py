@@ -20,6 +20,7 @@ from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.evaluation import evaluating
 from prunus.adapters.pytorch.gates import named_tensors
 from prunus.adapters.pytorch.gating import Gating
+from prunus.adapters.pytorch.processes import ALONE, Processes
 from prunus.core.cost import FloatArray
 from prunus.core.errors import ConfigError, PlanError, TrainingError
 from prunus.core.graph import ChannelGraph
@@ -44,8 +45,12 @@ class MeasuredSignals:
         signals: frozenset[Signal],
         gates: Mapping[str, FloatArray] | None = None,
         budget: int = BUDGET,
+        processes: Processes = ALONE,
     ) -> None:
         self.signals = signals
+        self.announce: Callable[[tuple[str, ...]], None] = lambda names: None
+        """Called before the activations at these readers are collected: all processes must `collect` them."""
+        self._processes = processes
         self._model, self._graph, self._batches, self._gates = model, graph, batches, gates
         self._stored: dict[tuple[Signal, str], FloatArray] = {}
         self._tensors = named_tensors(model)
@@ -80,10 +85,12 @@ class MeasuredSignals:
             return None
         if name not in self._collected:
             chunk = next(chunk for chunk in self._chunks if name in chunk)
-            self._collected = self._collect(chunk)
+            self.announce(chunk)
+            self.collect(chunk)
         return self._collected[name].get(signal)
 
-    def _collect(self, names: tuple[str, ...]) -> dict[str, FloatArrays]:
+    def collect(self, names: tuple[str, ...]) -> None:
+        """One forward pass over the batches, which keeps what reaches the readers `names`."""
         moments: dict[str, Moments] = {}
         handles = []
         for name in names:
@@ -99,7 +106,8 @@ class MeasuredSignals:
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: _activations(name, m) for name, m in moments.items()}
+        merged = {name: self._processes.merge(m) for name, m in moments.items()}
+        self._collected = {name: _activations(name, m) for name, m in merged.items()}
 
     def store_gate_signals(self, loss_fn: Loss) -> None:
         """One backward pass over the batches. Raises TrainingError if a derivative is not finite."""
@@ -116,6 +124,10 @@ class MeasuredSignals:
                     total[name] += values
                     squared[name] += values**2 * len(labels)
                 count += 1
+        count = int(self._processes.sum(torch.tensor([count]))[0])
+        for sums in (total, squared):
+            for name, values in sums.items():
+                sums[name] = self._processes.sum(torch.from_numpy(values)).numpy()
         for signal, sums in ((Signal.GATE_GRADIENT, total), (Signal.GATE_FISHER, squared)):
             for name, values in sums.items():
                 if not np.isfinite(values).all():
@@ -134,16 +146,18 @@ def measure(
     loss_fn: Loss | None = None,
     gates: Mapping[str, FloatArray] | None = None,
     budget: int = BUDGET,
+    processes: Processes = ALONE,
 ) -> MeasuredSignals:
     """Collects `signals` of `model` in evaluation mode, in the precision of its weights, outside autocast.
 
     `batches` is iterated once for the gate signals and once for each chunk of activation statistics whose
     covariances fit into `budget` bytes. `loss_fn(outputs, labels)` is the mean loss of a batch. `gates`
-    are on while measuring. Raises ConfigError if labels or a loss are needed and missing.
+    are on while measuring. `batches` are this process's share of those of `processes`. Raises ConfigError
+    if labels or a loss are needed and missing.
     """
     if signals & NEEDS_LABELS and loss_fn is None:
         raise ConfigError("gate gradients need a loss function and labelled batches")
-    measured = MeasuredSignals(model, graph, batches, signals, gates, budget)
+    measured = MeasuredSignals(model, graph, batches, signals, gates, budget, processes)
     if signals & NEEDS_LABELS and loss_fn is not None:
         measured.store_gate_signals(loss_fn)
     return measured

@@ -6,36 +6,24 @@ the end of an epoch and continued from the weights and optimizer of that moment 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from prunus.adapters.pytorch.averaging import WeightAverage
 from prunus.adapters.pytorch.batches import Batch, TrainBatches
-from prunus.adapters.pytorch.distillation import (
-    Teacher,
-    classification_loss,
-    distillation_loss,
-    logits_of,
-    teacher_logits,
-)
+from prunus.adapters.pytorch.compilation import Compiled
+from prunus.adapters.pytorch.distillation import Teacher
 from prunus.adapters.pytorch.evaluation import evaluating
 from prunus.adapters.pytorch.optimizers import TrainingSettings, channels_last
+from prunus.adapters.pytorch.processes import ALONE, Processes
 from prunus.adapters.pytorch.schedule import Epoch, epoch_seed, epochs_of, learning_rate, total_steps
+from prunus.adapters.pytorch.step import StepHook, Stepper
 from prunus.core.directives import Train, Trained
 from prunus.core.errors import TrainingError
-
-
-class StepHook(Protocol):
-    """Changes the weights for the duration of a step and puts them back (gates)."""
-
-    def before_forward(self) -> None: ...
-
-    def after_backward(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +59,8 @@ class Job:
     on_epoch_end: Callable[[int], None] | None = None
     """Called with the number of epochs done, after each but the last, with weights in their usual layout."""
     progress: Callable[[Progress], None] | None = None
+    notice: Callable[[str], None] = lambda text: None
+    """Told what the user should know, in one line."""
 
 
 @dataclass(slots=True)
@@ -84,8 +74,11 @@ class _Tally:
 class Trainer:
     """Trains modules on one data set with one choice of settings."""
 
-    def __init__(self, settings: TrainingSettings, batches: TrainBatches, seed: int) -> None:
-        self.settings, self.batches, self.seed = settings, batches, seed
+    def __init__(
+        self, settings: TrainingSettings, batches: TrainBatches, seed: int, processes: Processes = ALONE
+    ) -> None:
+        """`batches`: this process's share of those of `processes`."""
+        self.settings, self.batches, self.seed, self.processes = settings, batches, seed, processes
 
     def train(self, module: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> Trained:
         """Trains `module` in place; momentum and the like are carried by `optimizer` from job to job.
@@ -96,11 +89,11 @@ class Trainer:
         total = total_steps(job.directive.epochs, self.batches.steps)
         tally = _Tally()
         teachers = [teacher.module for teacher in job.teachers]
-        with evaluating(module, *teachers), torch.random.fork_rng():
+        with evaluating(module, *teachers), torch.random.fork_rng(), self._network(module, job) as network:
             module.train()
             for epoch in epochs_of(total, self.batches.steps)[job.first_epoch :]:
                 with channels_last(module, self.settings.channels_last):
-                    tally = self._epoch(module, optimizer, job, epoch, total)
+                    tally = self._epoch(module, network, optimizer, job, epoch, total)
                 if job.on_epoch_end is not None and epoch.first + epoch.steps < total:
                     job.on_epoch_end(epoch.number + 1)
         per_image = 3 * job.forward_macs + sum(teacher.macs for teacher in job.teachers)
@@ -112,12 +105,44 @@ class Trainer:
             steps=total,
         )
 
+    @contextmanager
+    def _network(self, module: nn.Module, job: Job) -> Iterator[nn.Module | Compiled]:
+        """`module` as it is to be called: shared with the other processes, or compiled."""
+        with ExitStack() as stack:
+            with channels_last(module, self.settings.channels_last):  # gradients are exchanged in this layout
+                network = stack.enter_context(self.processes.parallel(module))
+            if self.settings.compile and network is not module:
+                job.notice("torch.compile steps aside where several processes train together")
+            yield self._compiled(module, job) if self.settings.compile and network is module else network
+
+    def _compiled(self, module: nn.Module, job: Job) -> nn.Module | Compiled:
+        hook = job.make_hook() if job.make_hook is not None else None
+        if hook is not None and hook.watches:
+            job.notice("torch.compile steps aside while gates change the statistics of norms")
+            return module
+        return Compiled(module, job.notice)
+
     def _epoch(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, job: Job, epoch: Epoch, total: int
+        self,
+        module: nn.Module,
+        network: nn.Module | Compiled,
+        optimizer: torch.optim.Optimizer,
+        job: Job,
+        epoch: Epoch,
+        total: int,
     ) -> _Tally:
         seed = epoch_seed(self.seed, job.index, epoch.number)
-        torch.manual_seed(seed)  # dropout and stochastic depth
-        hook = job.make_hook() if job.make_hook is not None else None
+        place = self.processes.place
+        torch.manual_seed(seed + place.rank)  # dropout and stochastic depth
+        stepper = Stepper(
+            self.settings,
+            network,
+            optimizer,
+            self.processes,
+            teachers=job.teachers,
+            distil=job.directive.distil,
+            hook=job.make_hook() if job.make_hook is not None else None,
+        )
         buffers = {name: value.clone() for name, value in module.named_buffers()}
         tally = _Tally()
         for position, batch in zip(range(epoch.steps), self.batches.epoch(seed), strict=False):
@@ -126,8 +151,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             images, labels = self._on_device(batch)
-            loss, logits = self._gradients(module, optimizer, job, hook, images, labels)
-            if not self._finite(loss, optimizer):
+            stepped = stepper.passes(images, labels)
+            if not stepped.finite:
                 _put_back(module, buffers)
                 raise TrainingError(
                     f"{job.directive.label}: the loss or its gradient is NaN or infinite at step {step + 1} of "
@@ -136,15 +161,15 @@ class Trainer:
                 )
             if job.decay is not None:
                 job.decay(rate)
-            optimizer.step()
+            stepper.update()
             if job.average is not None:
                 job.average.update()
-            tally.loss += float(loss)
-            tally.right += int((logits.argmax(1) == labels).sum())
-            tally.images += len(labels)
+            tally.loss += stepped.loss
+            tally.right += stepped.right
+            tally.images += len(labels) * place.count
             tally.steps += 1
             if job.progress is not None:
-                job.progress(Progress(job.directive.label, step + 1, total, float(loss), rate))
+                job.progress(Progress(job.directive.label, step + 1, total, stepped.loss, rate))
         return tally
 
     def _peak(self, directive: Train) -> float:
@@ -155,53 +180,6 @@ class Trainer:
         device = self.settings.device
         layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
         return images.to(device, memory_format=layout, non_blocking=True), labels.to(device, non_blocking=True)
-
-    def _gradients(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        job: Job,
-        hook: StepHook | None,
-        images: Tensor,
-        labels: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, logits), both detached; gradients are those of the weights without gates."""
-        optimizer.zero_grad(set_to_none=True)
-        distil = job.directive.distil if job.teachers else None
-        with self.settings.autocast():
-            answers = teacher_logits(job.teachers, images) if distil is not None else None
-            if hook is not None:
-                hook.before_forward()
-            output = _answer(module, images)
-        loss = classification_loss(output, labels)
-        logits = logits_of(output)
-        if distil is not None and answers is not None:
-            taught = distillation_loss(logits, answers, labels, distil)
-            loss = (1 - distil.weight) * loss + distil.weight * taught
-        loss.backward()
-        if hook is not None:
-            hook.after_backward()
-        return loss.detach(), logits.detach()
-
-    def _finite(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
-        """False if a step would poison the weights. Clips the gradients on the way."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
-        if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
-            return False
-        if self.settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
-        return True
-
-
-def _answer(module: nn.Module, images: Tensor) -> Any:
-    try:
-        return module(images)
-    except RuntimeError as error:  # auxiliary classifiers may need larger images than the rest, memory may end
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
-        shape = "x".join(map(str, images.shape))
-        raise TrainingError(f"the model fails in training mode on a batch of {shape}: {reason}") from error
 
 
 @torch.no_grad()
