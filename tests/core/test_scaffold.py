@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,22 +55,39 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_of_it_is_found_checked_and_used_without_touching_this_repository(tmp_path: Path) -> None:
-    """In a folder of installed packages of its own, put before the others."""
-    scaffold("stranger", "plugins", tmp_path / "package")
-    site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
-    subprocess.run([*install, str(tmp_path / "package")], check=True)
-    start = f"import sys; sys.path.insert(0, {str(site)!r}); from prunus.core.cli import main; main()"
+@pytest.mark.parametrize("kind", ["plugins", "importance"])
+def test_a_wheel_of_it_is_found_checked_and_used_in_a_fresh_environment(kind: str, tmp_path: Path) -> None:
+    """The environment has its own site-packages; what this one has is found behind them."""
+    scaffold("stranger", kind, tmp_path / "package")  # type: ignore[arg-type]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(tmp_path), str(tmp_path / "package")], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", str(wheel)], check=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    behind = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    behind.append(_place_of("prunus"))
+    (site / "behind.pth").write_text("\n".join(behind) + "\n")
 
     def optimize(*words: str) -> str:
-        command = [sys.executable, "-c", start, *words]
+        command = [str(python), "-c", "from prunus.core.cli import main; main()", *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert "package prunus-stranger 0.1.0" in optimize("plugins", "list", "--json")
-    assert "9 of 9 rules kept" in optimize("plugins", "check", "stranger")
-    assert '"target_met": true' in optimize(
-        "prune", "--plugin", "stranger", "--model", "prunus/resnet14", "--data", "none", "--json"
+    assert "rules kept" in optimize("plugins", "check", "stranger")
+    method = (
+        ("--plugin", "stranger") if kind == "plugins" else ("--plugin", "one-shot", "--importance", "stranger")
     )
+    done = optimize("prune", *method, "--model", "prunus/resnet14", "--data", "none", "--json")
+    assert '"target_met": true' in done
+
+
+def _place_of(package: str) -> str:
+    """The folder from which `package`, a namespace, is imported."""
+    spec = find_spec(f"{package}.core")
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).parents[2])
