@@ -24,10 +24,10 @@ from prunus.core.compare_record import (
     named,
     source_digest,
 )
-from prunus.core.directives import Directive, Evaluate, Evaluated, Observation, Train
+from prunus.core.directives import Evaluate, Evaluated, Train
 from prunus.core.errors import ConfigError
 from prunus.core.plan import PruningPlan
-from prunus.core.pruning import prune
+from prunus.core.pruning import Silent, prune
 from prunus.core.registry import Registry
 from prunus.core.report import Report
 from prunus.core.run_folder import RunFolder
@@ -59,22 +59,6 @@ class RivalJob:
 
 
 Rival = Callable[[RivalJob], Outcome]
-
-
-class Quiet:
-    """A `Display` that shows nothing."""
-
-    def opened(self, *facts: object) -> None: ...
-
-    def began(self, index: int, directive: Directive) -> None: ...
-
-    def answered(self, index: int, directive: Directive, observation: Observation) -> None: ...
-
-    def progress(
-        self, label: str, done: int, total: int, loss: float | None = None, lr: float | None = None
-    ) -> None: ...
-
-    def notice(self, text: str) -> None: ...
 
 
 def train_dense(protocol: Protocol, seed: int, results: ResultsFolder, registry: Registry) -> DenseRecord:
@@ -149,7 +133,7 @@ def _run_plugin(
             settings,
             RunFolder(work),
             registry,
-            Quiet(),
+            Silent(),
             resume=False,
             overwrite=True,
             open_session=open_session,

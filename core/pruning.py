@@ -57,6 +57,22 @@ class Display(Protocol):
     def notice(self, text: str) -> None: ...
 
 
+class Silent:
+    """A display for callers who show the run themselves, or not at all."""
+
+    def opened(self, description: Description, settings: RunSettings, budget: Budget) -> None: ...
+
+    def began(self, index: int, directive: Directive) -> None: ...
+
+    def answered(self, index: int, directive: Directive, observation: Observation) -> None: ...
+
+    def progress(
+        self, label: str, done: int, total: int, loss: float | None = None, lr: float | None = None
+    ) -> None: ...
+
+    def notice(self, text: str) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """The policy and, where it ranks by one, its estimator, ready to run."""

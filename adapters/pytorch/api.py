@@ -16,12 +16,10 @@ from prunus.adapters.pytorch.defaults import filled
 from prunus.adapters.pytorch.session import PyTorchSession, open_session, output_classes
 from prunus.adapters.pytorch.user_data import GivenInputs, bundle_of
 from prunus.adapters.pytorch.verification import prepare
-from prunus.core.adapter import Description
-from prunus.core.budget import Budget
-from prunus.core.directives import Directive, Observation
 from prunus.core.errors import ConfigError, LoadError
 from prunus.core.graph import ChannelGraph
 from prunus.core.plan import ModelSource, PruningPlan
+from prunus.core.pruning import Silent
 from prunus.core.pruning import prune as run_to_the_end
 from prunus.core.registry import Registry
 from prunus.core.report import Report
@@ -38,22 +36,6 @@ class Pruned:
     plan: PruningPlan
     report: Report
     folder: Path
-
-
-class _Silent:
-    """A display for callers who have their own."""
-
-    def opened(self, description: Description, settings: RunSettings, budget: Budget) -> None: ...
-
-    def began(self, index: int, directive: Directive) -> None: ...
-
-    def answered(self, index: int, directive: Directive, observation: Observation) -> None: ...
-
-    def progress(
-        self, label: str, done: int, total: int, loss: float | None = None, lr: float | None = None
-    ) -> None: ...
-
-    def notice(self, text: str) -> None: ...
 
 
 def prune(
@@ -103,7 +85,7 @@ def prune(
 
     folder = RunFolder(Path(output)) if output is not None else RunFolder(choose_folder(chosen))
     report = run_to_the_end(
-        chosen, folder, Registry.discover(), _Silent(), resume=False, overwrite=overwrite, open_session=opened
+        chosen, folder, Registry.discover(), Silent(), resume=False, overwrite=overwrite, open_session=opened
     )
     adapter = session[-1].adapter
     return Pruned(adapter.model.eval(), adapter.plan, report, folder.path)
