@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from prunus.adapters.pytorch.attributes import Bindings
 from prunus.adapters.pytorch.comparison import compare, follows_program, state_of
 from prunus.adapters.pytorch.equal_counts import with_locks
 from prunus.adapters.pytorch.structural_copy import structural_copy
 from prunus.adapters.pytorch.surgery import remove
-from prunus.adapters.pytorch.tracing import Trace
+from prunus.adapters.pytorch.tracing import Trace, trace_model
 from prunus.core.errors import PrunusError, TraceError, VerificationError
 from prunus.core.graph import ChannelGraph, Keep
 
@@ -29,6 +29,10 @@ SEEDS = (0, 1)
 LEAST, MOST = 0.25, 0.95
 ROUNDING = 1e-2
 """Differences up to this share of the largest output may come from rounding in a deep model."""
+EXPENSIVE = 2e10
+"""MACs of one pass beyond which smaller images are tried: several passes are needed, at seconds each."""
+REDUCTIONS = (4, 2)
+SMALLEST = 64
 
 
 def certify(
@@ -37,9 +41,10 @@ def certify(
     """The graph of `trace` with everything locked that the forward of `model` cannot follow.
 
     Every group is given its own random share of units; where that fails, groups are added back in
-    halves until those at fault are found. `model` is not changed.
+    halves until those at fault are found. `model` is not changed. What the code hard-codes about channels
+    it does at every resolution, so large images are made smaller where the model takes that.
     """
-    probe = _Probe(model, trace, bindings, args)
+    probe = _Probe(model, *_affordable(model, trace, args), bindings)
     locks: dict[str, str] = {}
     while True:
         graph = with_locks(trace.graph, locks)
@@ -70,6 +75,43 @@ def random_keep(graph: ChannelGraph, seed: int, names: Sequence[str] | None = No
     return keep
 
 
+def _affordable(model: nn.Module, trace: Trace, args: tuple[Any, ...]) -> tuple[Trace, tuple[Any, ...]]:
+    """`trace` and `args`, or the same at a lower resolution: where one pass is expensive and nothing is lost."""
+    if trace.program.concrete or trace.graph.cost().macs <= EXPENSIVE:
+        return trace, args
+    for factor in REDUCTIONS:
+        smaller = tuple(_reduced(x, factor) if isinstance(x, Tensor) and x.dim() >= 4 else x for x in args)
+        if any(isinstance(x, Tensor) and min(x.shape[-2:]) < SMALLEST for x in smaller):
+            continue
+        try:
+            found = trace_model(model, smaller)
+        except TraceError:  # this resolution is not one of the model's
+            continue
+        if not found.program.concrete and _shrinks_alike(trace.graph, found.graph):
+            return found, smaller
+    return trace, args
+
+
+def _reduced(images: Tensor, factor: int) -> Tensor:
+    """Every `factor`th row and column: noise stays noise."""
+    return images[..., ::factor, ::factor].contiguous()
+
+
+def _shrinks_alike(graph: ChannelGraph, other: ChannelGraph) -> bool:
+    """Whether all that may shrink in `graph` may shrink in `other`, unit for unit."""
+    if not graph.prunable.keys() <= other.prunable.keys():
+        return False
+    return all(
+        [(s.tensor, s.axis, s.role) for s in group.slices]
+        == [(s.tensor, s.axis, s.role) for s in other.groups[name].slices]
+        and all(
+            np.array_equal(a.unit_of, b.unit_of)
+            for a, b in zip(group.slices, other.groups[name].slices, strict=True)
+        )
+        for name, group in graph.prunable.items()
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Fault:
     """What went wrong with a removal."""
@@ -82,8 +124,8 @@ class _Fault:
 class _Probe:
     """Tries removals on copies of one model."""
 
-    def __init__(self, model: nn.Module, trace: Trace, bindings: Bindings, args: tuple[Any, ...]) -> None:
-        self._model, self._trace, self._bindings, self._args = model, trace, bindings, args
+    def __init__(self, model: nn.Module, trace: Trace, args: tuple[Any, ...], bindings: Bindings) -> None:
+        self._model, self._trace, self._args, self._bindings = model, trace, args, bindings
 
     def fault(self, graph: ChannelGraph, items: Sequence[tuple[str, ...]], seed: int) -> _Fault | None:
         """What goes wrong when the groups of `items` shrink at random, None if nothing does."""

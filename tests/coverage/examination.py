@@ -27,6 +27,8 @@ from prunus.core.graph import ChannelGraph
 from prunus.core.plan import PruningPlan
 
 TARGET = 0.5
+EXPENSIVE = 1e11
+"""MACs of one image beyond which all examinations take one: a pass in float64 takes minutes."""
 
 
 def examine(name: str) -> dict[str, Any]:
@@ -56,15 +58,16 @@ def examine(name: str) -> dict[str, Any]:
     smallest = {n: g.min_kept for n, g in graph.groups.items()}
     record["reachable"] = round(graph.cost(smallest).macs / dense.macs, 4)
     state = state_of(model)
+    record["batch"] = several = 1 if dense.macs > EXPENSIVE else 2
     record["probe_error"] = max(
         _removed(model, prepared, state, random_keep(graph, seed), spec.example(batch, seed))[1]
-        for seed, batch in ((10, 1), (11, 2))
+        for seed, batch in ((10, 1), (11, several))
     )
     keep = uniform_keep(graph, TARGET)
     counts = {n: len(units) for n, units in keep.items()}
     predicted = graph.cost(counts)
     record["pruned_to"] = round(predicted.macs / dense.macs, 4)
-    pruned, record["error"] = _removed(model, prepared, state, keep, spec.example(2))
+    pruned, record["error"] = _removed(model, prepared, state, keep, spec.example(several))
     macs, params = measured(pruned, spec.example(1))
     # Where the number of proposals follows from values, the MACs of another model are those of other proposals.
     same_macs = macs == predicted.macs or prepared.trace.program.concrete
@@ -73,7 +76,7 @@ def examine(name: str) -> dict[str, Any]:
     plan = PruningPlan.begin(built.source, graph, {}).after_removal(graph, keep, edits, prepared.handlers)
     record["replayed"] = _replays(plan, model, pruned, spec.example(1))
     record["gradients"] = "by name"
-    record["backward"] = _trains(pruned, model, spec.kind, spec.example(2))
+    record["backward"] = _trains(pruned, model, spec.kind, spec.example(several))
     return record
 
 

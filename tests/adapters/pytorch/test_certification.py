@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,3 +134,67 @@ def test_a_bare_assertion_is_quoted_in_the_reason() -> None:
 
     reasons = [g.locked or "" for g in prepare(Asserting().eval(), torch.randn(1, 4)).graph.groups.values()]
     assert any("twelve and no other" in reason for reason in reasons)
+
+
+class Scaled(nn.Module):
+    """With `fixed`, it knows one size of images; with `stubborn`, the code takes a number from the width."""
+
+    def __init__(self, fixed: bool, stubborn: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+        self.position = nn.Parameter(torch.randn(1, 8, 256, 256)) if fixed else None
+        self.stubborn = stubborn
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) if self.position is None else self.first(x) + self.position
+        if self.stubborn:
+            x = x / float(torch.tensor(x.shape[1]))
+        return self.second(x.relu()).mean((2, 3))
+
+
+class TiedWhenSmall(nn.Module):
+    """Small images take a path that ties the channels of two convolutions to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.third, self.fourth = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x), self.second(x)
+        if x.shape[-1] < 256:
+            return self.third(a + b)
+        return self.third(a) + self.fourth(b)
+
+
+def _widths_compared(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Filled with the widths of the images on which pruned and masked are compared; every model is expensive."""
+    seen: set[int] = set()
+    compare = certification.compare
+
+    def watched(*args: Any, **named: Any) -> object:
+        seen.add(args[4][0].shape[-1])
+        return compare(*args, **named)
+
+    monkeypatch.setattr(certification, "EXPENSIVE", 0.0)
+    monkeypatch.setattr(certification, "compare", watched)
+    torch.manual_seed(0)
+    return seen
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_an_expensive_model_is_certified_on_smaller_images_where_it_takes_them(
+    fixed: bool, stubborn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = _widths_compared(monkeypatch)
+    prepared = prepare(Scaled(fixed, stubborn).eval(), torch.randn(1, 3, 256, 256))
+    assert seen == {256 if fixed else 64}
+    assert len(prepared.graph.prunable) == (0 if stubborn else 1)
+
+
+def test_smaller_images_prove_nothing_where_other_units_shrink_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = _widths_compared(monkeypatch)
+    prepared = prepare(TiedWhenSmall().eval(), torch.randn(1, 3, 256, 256))
+    assert seen == {256}
+    assert len(prepared.graph.prunable) == 2
