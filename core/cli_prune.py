@@ -151,6 +151,10 @@ def prune(
     registry: Annotated[
         list[Path] | None, _option("--registry", help="Further registry file. Repeatable.", panel=_RUN)
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        _option("--track", help="Send figures to tensorboard, wandb, mlflow, ... Repeatable.", panel=_RUN),
+    ] = None,
     trust: Annotated[
         bool, _option("--trust", help="Allow a run folder to name code (python:...).", panel=_RUN)
     ] = False,
@@ -201,10 +205,10 @@ _SETTINGS = frozenset(
         "plugin", "importance", "min_share", "multiple_of", "verify", "model", "pretrained", "checkpoint",
         "img_size", "adapter", "data", "train_limit", "holdout", "workers", "epochs", "dense_epochs",
         "batch_size", "lr", "opt", "weight_decay", "amp", "amp_dtype", "accumulate", "clip_grad", "model_ema",
-        "model_ema_decay", "torchcompile", "channels_last", "device", "threads", "seed",
+        "model_ema_decay", "torchcompile", "channels_last", "device", "threads", "seed", "track",
     }
 )  # fmt: skip
-_CHANGEABLE = {"workers", "threads"}
+_CHANGEABLE = {"workers", "threads", "track"}
 
 
 def _settings(config: Path | None, given: dict[str, Any], assignments: list[str]) -> RunSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
@@ -35,6 +35,7 @@ from prunus.core.run_folder import RunFolder
 from prunus.core.run_lock import RunLock
 from prunus.core.settings import RunSettings
 from prunus.core.signals import NEEDS_DATA, Signal
+from prunus.core.tracking import TrackedSession, Tracker, Tracking
 
 DEFAULT_IMPORTANCE = "magnitude"
 
@@ -120,6 +121,7 @@ class _Following:
     history: History
     display: Display
     interrupts: Interrupts
+    tracking: Tracking
 
     def began(self, index: int, directive: Directive) -> None:
         self.interrupts.check()
@@ -132,12 +134,14 @@ class _Following:
 
     def answered(self, index: int, directive: Directive, observation: Observation, seconds: float) -> None:
         self.history.add(index, directive, observation, seconds)
+        self.tracking.answered(self.history.rows[-1], directive, observation)
         self.display.answered(index, directive, observation)
 
     def progress(
         self, label: str, done: int, total: int, loss: float | None = None, lr: float | None = None
     ) -> None:
         self.display.progress(label, done, total, loss, lr)
+        self.tracking.progress(label, done, total, loss, lr)
         self.interrupts.check()
 
     def notice(self, text: str) -> None:
@@ -174,9 +178,10 @@ def prune(
             if table is not None:
                 latency_target.write_table(folder, table)
         history = History(folder.metrics)
+        tracking = Tracking(_trackers(settings, folder, session))
         opening = time.monotonic() - started
         with Interrupts() as interrupts:
-            following = _Following(session, folder, history, display, interrupts)
+            following = _Following(session, folder, history, display, interrupts, tracking)
             plan = execute(
                 method.policy,
                 task,
@@ -189,6 +194,7 @@ def prune(
             )
         finishing = time.monotonic()
         tested = session.test()
+        tracking.result({"test/accuracy": tested.accuracy if tested is not None else None})
         report = make_report(
             run=str(folder.path),
             settings=settings,
@@ -208,6 +214,14 @@ def prune(
         if isinstance(session, SharedSession):
             session.dismiss()
         return report
+
+
+def _trackers(settings: RunSettings, folder: RunFolder, session: Session) -> Sequence[Tracker]:
+    if not settings.track:
+        return ()
+    if not isinstance(session, TrackedSession):
+        raise ConfigError(f"the adapter {settings.adapter!r} knows no trackers", key="track")
+    return session.trackers(str(folder.path))
 
 
 def follow(settings: RunSettings, registry: Registry) -> None:
@@ -290,7 +304,7 @@ def make_preamble(settings: RunSettings, method: Method, session: Session) -> Pr
 
 
 def _journal(folder: RunFolder, settings: RunSettings, session: Session) -> Journal:
-    follows_from = settings.model_dump(mode="json", exclude={"trust", "workers", "threads"})
+    follows_from = settings.model_dump(mode="json", exclude={"trust", "workers", "threads", "track"})
     belongs_to = digest({"settings": follows_from, "graph": session.graph.fingerprint})
     if (folder.journal / "head.json").exists():
         return Journal.open(folder.journal, prunus_version(), belongs_to)

@@ -98,6 +98,8 @@ class RunSettings(BaseModel):
     """Processes that load data."""
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Threads for computing; resumed runs are bit-identical only with the same number."""
+    track: tuple[Text, ...] = ()
+    """Experiment trackers that get the run's figures: tensorboard, wandb, mlflow, ... (those of accelerate)."""
     trust: bool = False
     """Allow code named by files (python: factories in a run folder)."""
 

@@ -28,6 +28,7 @@ from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.adapters.pytorch.processes import ALONE, Processes, SeveralProcesses, join
 from prunus.adapters.pytorch.run_state import Remembered
 from prunus.adapters.pytorch.shrinking_model import Origin
+from prunus.adapters.pytorch.trackers import open_trackers
 from prunus.core.adapter import Description
 from prunus.core.cost import CostTerm
 from prunus.core.digest import digest
@@ -38,6 +39,7 @@ from prunus.core.graph import ChannelGraph
 from prunus.core.latency import LatencyComparison, LatencyTable
 from prunus.core.plan import ModelSource, PruningPlan
 from prunus.core.settings import RunSettings
+from prunus.core.tracking import Tracker
 
 _SHARED_WORK = 2e9
 """MACs of a batch from which on several threads pay."""
@@ -177,6 +179,9 @@ class PyTorchSession:
         if self._bundle is None:
             return None
         return self.adapter.test()
+
+    def trackers(self, run: str) -> list[Tracker]:
+        return open_trackers(self.settings.track, run, self.settings.model_dump(mode="json"))
 
     def follow(self) -> None:
         assert isinstance(self._processes, SeveralProcesses)
