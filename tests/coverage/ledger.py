@@ -6,7 +6,9 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,22 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 RECORDS, TABLE = FOLDER / "coverage.json", FOLDER / "coverage.md"
 VERSIONS = {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
 TOLERANCE = 1e-4
+SECONDS, GIB, LARGE = 60, 6, 300e6
+"""What one model may take; models beyond `LARGE` parameters are named with what they took."""
+
+
+def source() -> str:
+    """The commit that a record comes from, with a + where product or sweep differ from it; "" outside of git."""
+    git = ["git", "-C", str(FOLDER)]
+    try:
+        commit = subprocess.run([*git, "log", "-1", "--format=%h"], capture_output=True, text=True, check=True)
+        paths = [str(FOLDER.parent / part) for part in ("adapters", "core", "tests/coverage")]
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", *paths], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -34,7 +52,7 @@ def read() -> dict[str, dict[str, Any]]:
 def add(record: Mapping[str, Any]) -> None:
     """Adds or replaces one record; shards may do so at the same time."""
     with _alone():
-        models = {**read(), record["model"]: {**record, "versions": VERSIONS}}
+        models = {**read(), record["model"]: {**record, "versions": VERSIONS, "source": source()}}
         ordered = {name: models[name] for name in sorted(models)}
         write_atomically(RECORDS, json.dumps({"models": ordered}, indent=1) + "\n")
         write_atomically(TABLE, table(ordered))
@@ -73,14 +91,16 @@ def passed(record: Mapping[str, Any] | None) -> bool:
 
 def table(models: Mapping[str, Mapping[str, Any]]) -> str:
     good = [r for r in models.values() if not faults(r)]
-    older = sum("error" in r and "gradients" not in r for r in models.values())
     lines = [
         "# Coverage",
         "",
         f"{len(good)} of {len(models)} models: traced, pruned, proven, replayed. Written by `pytest -m coverage`.",
         "",
+        *_counts(list(models.values())),
+        "",
         "Error: masked against pruned, relative to the largest output, the worst of 50% of the MACs and two seeds",
-        "of random shares (25 to 95% of each group). Reachable: the smallest share of the MACs a plan may keep.",
+        "of random shares (25 to 95% of each group), on one image and on two (one alone where it takes more than",
+        "100 G MACs). Reachable: the smallest share of the MACs a plan may keep.",
         "Seconds: tracing and certification (random removals tried on copies), one core. Cost:",
         "predicted MACs and parameters equal the measured ones, before and after (after: parameters alone, where",
         "the number of proposals depends on the weights, in detection). Replay: the plan on a fresh",
@@ -88,8 +108,7 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> str:
         "before the removal has one after it, and it is finite. Peak: of tracing and certification, with the",
         "interpreter's 0.7 GiB; in brackets of the whole examination.",
         "",
-        f"* {older} records are from before gradients were compared by name: in them, backward means finite ones.",
-        "Where one peak is given, it is that of the whole examination.",
+        *_states(list(models.values())),
         "",
         f"Not swept, since smaller models of the same builders are: {', '.join(TOO_LARGE)}.",
         "",
@@ -99,6 +118,39 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     lines.extend(_row(record) for record in models.values())
     return "\n".join(lines) + "\n"
+
+
+def _counts(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many models keep each promise, as a list; those that do not are named."""
+    small, large = ([r for r in records if (r.get("params", 0) > LARGE) is big] for big in (False, True))
+    promises = (
+        (f"exact within {TOLERANCE:.0e}", records, lambda r: max(r["error"], r["probe_error"]) <= TOLERANCE),
+        ("50% of the MACs or less can be reached", records, lambda r: r["reachable"] <= 0.5),
+        ("25% of the MACs or less can be reached", records, lambda r: r["reachable"] <= 0.25),
+        (f"traced and certified within {SECONDS} s", small, lambda r: r["seconds"] <= SECONDS),
+        (f"and within {GIB} GiB", small, lambda r: r.get("trace_gib", r["peak_gib"]) <= GIB),
+    )
+    lines = []
+    for what, asked, kept in promises:
+        others = [r["model"] for r in asked if "error" not in r or not kept(r)]
+        share = (len(asked) - len(others)) / max(len(asked), 1)
+        named = f"; not {', '.join(others)}" if others else ""
+        lines.append(f"- {what}: {len(asked) - len(others)} of {len(asked)} ({share:.1%}){named}")
+    for r in large:
+        took = f"{r['seconds']:.0f} s and {r.get('trace_gib', r['peak_gib']):.1f} GiB"
+        lines.append(f"- beyond {LARGE / 1e6:.0f} M parameters: {r['model']} took {took}")
+    return lines
+
+
+def _states(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which commits the records come from; what older ones did not look at."""
+    states = Counter(r.get("source") or "before commits were noted" for r in records)
+    older = sum("error" in r and "gradients" not in r for r in records)
+    return [
+        f"Records by the commit they come from: {', '.join(f'{n} x {name}' for name, n in states.most_common())}.",
+        f"* {older} records are from before gradients were compared by name: in them, backward means finite ones.",
+        "Where one peak is given, it is that of the whole examination.",
+    ]
 
 
 def _row(record: Mapping[str, Any]) -> str:
