@@ -120,7 +120,7 @@ def _run_plugin(
     scratch = registry.policy(settings.plugin).starts_from == "scratch"
     if scratch:
         epochs = scratch_epochs(protocol.dense.epochs, cell.epochs, _limit(settings, dense) / dense.macs)
-        settings = settings.model_copy(update={"checkpoint": None, "epochs": epochs})
+        settings = settings.model_copy(update={"checkpoint": None, "epochs": cell.entry.compute * epochs})
     opened: list[Session] = []
 
     def open_session(chosen: RunSettings) -> Session:

@@ -58,6 +58,8 @@ class Entry(BaseModel):
     """Further own settings where the dense model may teach; an entry without them sits that table out."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of run.toml that differ from [training], such as lr."""
+    compute: float = Field(default=1.0, gt=0, le=1)
+    """Share of the others' training MACs that a method which trains from scratch makes do with."""
     targets: tuple[Text, ...] | None = None
     """Only these of the protocol's targets."""
     epochs: tuple[Epochs, ...] | None = None
@@ -223,6 +225,7 @@ class Protocol(BaseModel):
             "rival": cell.entry.rival,
             "config": cell.config,
             "teaching": cell.teaching,
+            **({} if cell.entry.compute == 1 else {"compute": cell.entry.compute}),
         }
         return digest(content)[:16]
 

@@ -119,6 +119,7 @@ def test_a_key_follows_from_what_is_compared_and_not_from_what_a_row_is_called()
         {"training": {"lr": 0.3}},
         {"entries": [entry(config={"scope": "uniform"})]},
         {"entries": [entry(settings={"lr": 0.3})]},
+        {"entries": [entry(compute=0.6)]},
         {"targets": ["macs=40%"]},
         {"seeds": [5]},
     ]
