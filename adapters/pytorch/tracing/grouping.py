@@ -60,10 +60,9 @@ class Grouping:
         present = np.zeros(size, dtype=bool)
         with np.errstate(over="ignore"):
             for number, (_, table) in enumerate(self._tables.values()):
-                leaves, counts = np.unique(table, return_counts=True)
                 code = np.uint64(2 * number + 1) * _MIX
                 code ^= code >> np.uint64(29)
-                signature[leaves] += (counts.astype(np.uint64) * _MIX) ^ (code * np.uint64(0xBF58476D1CE4E5B9))
+                np.add.at(signature, table.reshape(-1), code * np.uint64(0xBF58476D1CE4E5B9) | np.uint64(1))
         for ids in self._axes.values():
             present[self._table(ids)] = True
         present[TRUE] = False
@@ -71,13 +70,14 @@ class Grouping:
         self._reasons = self._variables.locked()
         texts = sorted(set(self._reasons.values()))
         number_of = {text: i + 1 for i, text in enumerate(texts)}
-        reason = np.array([number_of.get(self._reasons.get(int(v), ""), 0) for v in leaves], dtype=np.int64)
-        keys = np.stack([self._variables.family(leaves), signature[leaves].astype(np.int64), reason], axis=1)
-        _, inverse = np.unique(keys, axis=0, return_inverse=True)
+        reason = np.zeros(size, dtype=np.int64)
+        for leaf, text in self._reasons.items():
+            reason[leaf] = number_of[text]
+        inverse = _classes(reason[leaves], signature[leaves].astype(np.int64), self._variables.family(leaves))
         self._group_of = np.full(size, -1, dtype=np.int64)
-        self._group_of[leaves] = inverse.reshape(-1)
+        self._group_of[leaves] = inverse
         self._count = int(inverse.max(initial=-1)) + 1
-        self._units = np.bincount(inverse.reshape(-1), minlength=self._count)
+        self._units = np.bincount(inverse, minlength=self._count)
         self._lock_of: list[str | None] = [None] * self._count
         self._locked = np.zeros(self._count, dtype=bool)
         for leaf, text in self._reasons.items():
@@ -273,6 +273,17 @@ class Grouping:
         for ids in marks:
             touched.update(int(g) for g in np.unique(self._group_of[np.unique(self._variables.leaves(ids))]))
         return touched
+
+
+def _classes(*keys: IntArray) -> IntArray:
+    """Numbers of the classes of equal rows, in the order of the last key, then the one before..."""
+    order = np.lexsort(keys)
+    starts = np.zeros(len(order), dtype=bool)
+    for key in keys:
+        starts[1:] |= np.diff(key[order]) != 0
+    numbers = np.empty(len(order), dtype=np.int64)
+    numbers[order] = np.cumsum(starts)
+    return numbers
 
 
 def _merged(found: list[tuple[Axis, int, Role]]) -> dict[tuple[Axis, Role], list[int]]:

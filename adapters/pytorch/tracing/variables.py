@@ -204,7 +204,10 @@ class Variables:
         return run
 
     def _join_families(self, a: IntArray, b: IntArray) -> None:
-        for x, y in _distinct_rows(np.stack([self._run[a], self._run[b]], axis=1)):
+        runs, others = self._run[a], self._run[b]
+        if len(runs) and (runs == runs[0]).all() and (others == others[0]).all():  # nearly always
+            runs, others = runs[:1], others[:1]
+        for x, y in _distinct_rows(np.stack([runs, others], axis=1)):
             x, y = self._family_root(int(x)), self._family_root(int(y))
             if x != y:
                 self._families[max(x, y)] = min(x, y)
