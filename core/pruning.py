@@ -221,7 +221,7 @@ def _trackers(settings: RunSettings, folder: RunFolder, session: Session) -> Seq
         return ()
     if not isinstance(session, TrackedSession):
         raise ConfigError(f"the adapter {settings.adapter!r} knows no trackers", key="track")
-    return session.trackers(str(folder.path))
+    return session.trackers(folder.path.name, folder.trackers)
 
 
 def follow(settings: RunSettings, registry: Registry) -> None:
@@ -261,13 +261,13 @@ def _prepared(folder: RunFolder, resume: bool, overwrite: bool) -> Iterator[None
 def make_task(settings: RunSettings, method: Method, session: Session, whole: Cost) -> PruningTask:
     """What the policy is told; `whole` is what shares in targets are shares of.
 
-    Raises ConfigError where the method lacks data, UnreachableTargetError for an impossible target.
+    Raises ConfigError where the method lacks data or refuses, UnreachableTargetError for an impossible target.
     """
     _check_data(settings, method, session)
     graph = session.graph
     budget = Budget.resolve(settings.parsed_targets, whole)
     raise_if_unreachable(graph, budget)
-    return PruningTask(
+    task = PruningTask(
         graph=graph,
         budget=budget,
         rng=np.random.default_rng(settings.seed),
@@ -278,6 +278,8 @@ def make_task(settings: RunSettings, method: Method, session: Session, whole: Co
         teachers=session.teachers,
         classes=session.classes,
     )
+    method.policy.check(task)
+    return task
 
 
 def _check_data(settings: RunSettings, method: Method, session: Session) -> None:

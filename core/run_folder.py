@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and who may write into it.
 
 runs/NAME/  run.toml  plan.json  model.safetensors  report.json  report.html  metrics.jsonl  dense.json
-            journal/  checkpoint/
+            journal/  checkpoint/  trackers/
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FILES = (
 )
 _HUB = ("README.md", "config.json", "model.safetensors")
 """What an export for a model hub leaves in the folder hub/."""
-_FOLDERS = ("journal", "checkpoint")
+_FOLDERS = ("journal", "checkpoint", "trackers")
 _HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp")
 """What a process that was killed while it wrote a file leaves behind."""
 MAX_JSON_BYTES = 256 * 2**20
@@ -57,6 +57,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoint"
+
+    @property
+    def trackers(self) -> Path:
+        return self.path / "trackers"
 
     @property
     def metrics(self) -> Path:

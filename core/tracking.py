@@ -7,6 +7,7 @@ steps where they were, so that a tracker that starts anew has the whole run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from prunus.core.directives import Directive, Observation, Trained
@@ -28,8 +29,11 @@ class Tracker(Protocol):
 class TrackedSession(Protocol):
     """A session whose framework knows experiment trackers."""
 
-    def trackers(self, run: str) -> Sequence[Tracker]:
-        """Those that the settings name, for the run folder `run`. Raises ConfigError for one that is not there."""
+    def trackers(self, run: str, folder: Path) -> Sequence[Tracker]:
+        """Those that the settings name, for the run called `run`, with their files in `folder`.
+
+        Raises ConfigError for one that is not there.
+        """
         ...
 
 

@@ -180,8 +180,8 @@ class PyTorchSession:
             return None
         return self.adapter.test()
 
-    def trackers(self, run: str) -> list[Tracker]:
-        return open_trackers(self.settings.track, run, self.settings.model_dump(mode="json"))
+    def trackers(self, run: str, folder: Path) -> list[Tracker]:
+        return open_trackers(self.settings.track, run, folder, self.settings.model_dump(mode="json"))
 
     def follow(self) -> None:
         assert isinstance(self._processes, SeveralProcesses)

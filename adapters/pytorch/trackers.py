@@ -10,8 +10,8 @@ from prunus.core.errors import ConfigError
 from prunus.core.tracking import Tracker
 
 
-def open_trackers(names: Sequence[str], run: str, settings: Mapping[str, Any]) -> list[Tracker]:
-    """Started, with the run's `settings` told; files go into the folder `run`.
+def open_trackers(names: Sequence[str], run: str, folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
+    """Started, with the `settings` of the run called `run` told; what writes files writes them into `folder`.
 
     Raises ConfigError for a name that accelerate does not know and for one whose package is missing.
     """
@@ -38,8 +38,10 @@ def open_trackers(names: Sequence[str], run: str, settings: Mapping[str, Any]) -
     opened = []
     for name in dict.fromkeys(names):
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
-        place = {"logging_dir": run} if tracker_class.requires_logging_directory else {}
-        tracker = tracker_class(name if place else Path(run).name, **place)
+        if tracker_class.requires_logging_directory:
+            tracker = tracker_class(name, logging_dir=folder)
+        else:
+            tracker = tracker_class(run)
         tracker.start()
         tracker.store_init_configuration({key: str(value) for key, value in settings.items()})
         opened.append(tracker)

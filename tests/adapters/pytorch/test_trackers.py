@@ -22,7 +22,7 @@ def test_tensorboard_gets_what_metrics_jsonl_has_at_its_training_step(
     monkeypatch.chdir(tmp_path)
     assert run([*RUN, "--track", "tensorboard"]) == 0
     test_accuracy = json.loads(capsys.readouterr().out)["pruned"]["accuracy"]
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "tensorboard"))
     events.Reload()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held_out = [row["accuracy"] for row in rows if row["kind"] == "Evaluate" and not row["model"]]
