@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunus.core.adapter import Description, ModelAdapter, OpenSession, Session, Watcher
+    from prunus.core.blocks import Block
     from prunus.core.budget import Budget, Target
     from prunus.core.cost import Cost, CostTerm, Extent, FloatArray, IntArray
     from prunus.core.directives import (
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AttributeEdit": "plan",
+    "Block": "blocks",
     "Budget": "budget",
     "Changed": "directives",
     "ChannelGraph": "graph",
@@ -115,6 +117,7 @@ _HOME = {
 
 __all__ = [
     "AttributeEdit",
+    "Block",
     "Budget",
     "Changed",
     "ChannelGraph",

@@ -150,6 +150,7 @@ def _inspection(session: Session, slices: bool) -> dict[str, Any]:
         "bytes": int(cost.bytes),
         "reachable": {"macs": shares["macs"], "params": shares["params"]},
         "groups": _groups(graph, slices),
+        "blocks": list(graph.blocks),
         "notes": list(description.notes),
     }
 

@@ -46,6 +46,10 @@ def prune(
             panel=_METHOD,
         ),
     ] = None,
+    depth: Annotated[
+        bool,
+        _option("--depth", help="Let iterative remove whole residual blocks (--set depth=true).", panel=_METHOD),
+    ] = False,
     teacher: Annotated[
         list[str] | None,
         _option(
@@ -177,12 +181,13 @@ def prune(
 
     if schema:
         return _print_schema()
+    assignments = [*(set_ or []), *(["depth=true"] if depth else [])]
     with stdout_for_json(as_json) as out:
         entries = Registry.discover(registry or ())
         if resume is not None:
-            folder, settings = RunFolder(resume), _resumed(RunFolder(resume), given, set_, output, trust)
+            folder, settings = RunFolder(resume), _resumed(RunFolder(resume), given, assignments, output, trust)
         else:
-            settings = _settings(config, {**given, "trust": trust}, set_ or [])
+            settings = _settings(config, {**given, "trust": trust}, assignments)
             folder = RunFolder(output or choose_folder(settings))
         if not Place.here().first:
             return _follow(settings, entries)
@@ -219,7 +224,7 @@ def _settings(config: Path | None, given: dict[str, Any], assignments: list[str]
 
 
 def _resumed(
-    folder: RunFolder, given: dict[str, Any], assignments: list[str] | None, output: Path | None, trust: bool
+    folder: RunFolder, given: dict[str, Any], assignments: list[str], output: Path | None, trust: bool
 ) -> RunSettings:
     from prunus.core.errors import ConfigError
 

@@ -83,7 +83,7 @@ class DirectiveRules:
             )
         if not self.task.has_labels and directive.signals & NEEDS_LABELS:
             self._fail("without labels no gradient can be measured", f"It asked for {_names(directive.signals)}.")
-        self._gates(directive.gates, "gates", 2.0)
+        self._gates(directive.gates, "gates", 2.0, blocks=True)
 
     def _train(self, directive: Train) -> None:
         self._require(
@@ -98,7 +98,7 @@ class DirectiveRules:
         )
         if directive.ema is not None:
             self._number(directive.ema, "Train.ema", 0.0, 1.0)
-        self._gates(directive.gates, "gates", 2.0)
+        self._gates(directive.gates, "gates", 2.0, blocks=True)
         self._gates(directive.decay, "decay", 1e6)
         self._keep(directive.within, "within")
         if directive.distil is not None:
@@ -121,7 +121,7 @@ class DirectiveRules:
         if directive.model is not None:
             known = {"dense", "ema", *self.task.teachers, *self.snapshots}
             self._require(directive.model in known, f"a model is one of {sorted(known)}", directive.model)
-        self._gates(directive.gates, "gates", 2.0)
+        self._gates(directive.gates, "gates", 2.0, blocks=True)
         self._keep(directive.within, "within")
 
     def _grow(self, directive: Grow) -> None:
@@ -140,6 +140,11 @@ class DirectiveRules:
             self._fail("without data nothing can be refitted", f"It asked for refit={directive.refit!r}.")
         self._require(directive.images >= 1, "images >= 1", directive.images)
         self._keep(directive.keep, "keep")
+        self._require(isinstance(directive.blocks, tuple), "Remove.blocks is a tuple of names", directive.blocks)
+        self._require(len(set(directive.blocks)) == len(directive.blocks), "a block goes once", directive.blocks)
+        for name in directive.blocks:
+            if name not in self.graph.blocks:
+                self._fail("Remove.blocks names blocks of the current graph", f"There is no {name!r}.")
         self._gates(directive.gates, "gates", 2.0)
         self._gates(directive.survival, "survival", 1.0)
 
@@ -154,14 +159,13 @@ class DirectiveRules:
                 self._require(math.isfinite(float(item)), "a Note's numbers are finite", f"{key}={item}")
         self._require(total <= MAX_NOTE_VALUES, f"a Note holds at most {MAX_NOTE_VALUES} values", total)
 
-    def _gates(self, gates: Gates | None, what: str, largest: float) -> None:
+    def _gates(self, gates: Gates | None, what: str, largest: float, blocks: bool = False) -> None:
         for name, values in (gates or {}).items():
-            group = self.graph.groups[self._known(name, what)]
+            whole = blocks and name in self.graph.blocks
+            units = 1 if whole else self.graph.groups[self._known(name, what)].units
             array = np.asarray(values)
-            if array.shape != (group.units,):
-                self._fail(
-                    f"{what} have one number per unit", f"{name!r}: shape {array.shape}, units {group.units}."
-                )
+            if array.shape != (units,):
+                self._fail(f"{what} have one number per unit", f"{name!r}: shape {array.shape}, units {units}.")
             if not np.isfinite(array).all():
                 self._fail(f"{what} are finite", f"{name!r} holds NaN or infinity.")
             if array.min(initial=0) < 0 or array.max(initial=0) > largest:

@@ -21,7 +21,8 @@ without augmentation; labels are used only where a signal needs them. The test s
 Refit = Literal["none", "bias", "least-squares", "sequential"]
 """How the kept weights are refitted to the dense model's function (methods, section 0)."""
 Gates = Mapping[str, FloatArray]
-"""group -> (units,) in [0, 1] (joint-search: [0, 2]); groups not named have gates 1."""
+"""group -> (units,) in [0, 1] (joint-search: [0, 2]); groups not named have gates 1.
+Blocks have gates, too, where a model is looked at or trained: block -> (1,), a factor of what it adds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Grow:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """Physically remove everything but `keep`. Answer: Changed."""
+    """Physically remove everything but `keep`, and `blocks` as a whole. Answer: Changed."""
 
     keep: Keep
     gates: Gates | None = None
@@ -113,6 +114,8 @@ class Remove:
     """Re-estimate batch-norm statistics; `if-better` keeps them only if the held-out loss falls."""
     images: int = 1024
     """Calibration images for refit and recalibration."""
+    blocks: tuple[str, ...] = ()
+    """Blocks of the graph that go: their input passes through."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from prunus.core.directives import (
     Train,
     Trained,
 )
-from prunus.core.report import Report, Size, Width
+from prunus.core.report import Depth, Report, Size, Width
 from prunus.core.settings import RunSettings
 
 _BAR = 24
@@ -130,7 +130,9 @@ def _done(directive: Directive, observation: Observation) -> str:
         return f"held-out accuracy of the {what}: {observation.accuracy:.2%} (loss {observation.loss:.4f})"
     if isinstance(directive, Remove | Grow) and isinstance(observation, Changed):
         cost, check = observation.graph.cost(), observation.verification
-        verb = "removed down to" if isinstance(directive, Remove) else "grown to"
+        verb = "grown to" if isinstance(directive, Grow) else "removed down to"
+        if isinstance(directive, Remove) and directive.blocks:
+            verb = f"removed {', '.join(directive.blocks)}, down to"
         proof = "not checked" if check.kind == "skipped" else f"largest difference {check.max_error:.1e}"
         return f"{verb} {human(cost.macs)} MACs, {human(cost.params)} parameters ({proof})"
     return ""
@@ -143,12 +145,20 @@ def summary(report: Report) -> RenderableType:
     next_steps.add_column(overflow="fold")
     next_steps.add_row("evaluate", f"optimize evaluate {report.run}")
     next_steps.add_row("in Python", f'prunus.adapters.pytorch.load("{report.run}")')
-    lines: list[RenderableType] = [_sizes(report), _stages(report.widths), Text(proof(report))]
+    lines: list[RenderableType] = [_sizes(report), _stages(report.widths)]
+    if report.depth.removed:
+        lines.append(Text(removed_blocks(report.depth)))
+    lines.append(Text(proof(report)))
     if report.latency is not None:
         lines.append(Text(report.latency.message[:1].upper() + report.latency.message[1:] + "."))
     lines += [Text(f"Note: {note}.", style="yellow") for note in report.notes]
     lines += [Text(f"Run folder: {report.run} ({report.seconds:.0f} s)"), next_steps]
     return Group(*lines)
+
+
+def removed_blocks(depth: Depth) -> str:
+    """One sentence about what vanished as a whole."""
+    return f"Blocks removed: {len(depth.removed)} of {depth.blocks} ({', '.join(depth.removed)})."
 
 
 def proof(report: Report) -> str:

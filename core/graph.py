@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 
+from prunus.core.blocks import Block
 from prunus.core.cost import Cost, CostModel, CostTerm, Extent, IntArray
 from prunus.core.errors import PlanError
 
@@ -100,8 +101,12 @@ class ChannelGraph:
         groups: Iterable[ChannelGroup],
         terms: Iterable[CostTerm],
         tensors: Mapping[str, Sequence[int]],
+        blocks: Iterable[Block] = (),
     ) -> None:
-        """`tensors` maps every sliced parameter or buffer to its shape, in the order the model uses them."""
+        """`tensors` maps every sliced parameter or buffer to its shape, in the order the model uses them.
+
+        `blocks` are what can be removed as a whole, in the order the model runs them.
+        """
         self.groups: dict[str, ChannelGroup] = {}
         for group in groups:
             if group.name in self.groups:
@@ -109,6 +114,7 @@ class ChannelGraph:
             self.groups[group.name] = group
         self.terms = tuple(terms)
         self.tensors: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in tensors.items()}
+        self.blocks: dict[str, Block] = {block.name: block for block in blocks}
 
     @cached_property
     def cost_model(self) -> CostModel:
@@ -125,11 +131,15 @@ class ChannelGraph:
             least = max(math.ceil(share * group.units), 2 if group.units >= 8 else 1, group.min_units)
             step = math.lcm(group.multiple_of, multiple_of) if group.units > multiple_of else group.multiple_of
             groups.append(replace(group, min_units=min(least, group.units), multiple_of=step))
-        return ChannelGraph(groups, self.terms, self.tensors)
+        return self.with_groups(groups)
+
+    def with_groups(self, groups: Iterable[ChannelGroup]) -> ChannelGraph:
+        """The same graph with other rules for its groups."""
+        return ChannelGraph(groups, self.terms, self.tensors, self.blocks.values())
 
     def with_terms(self, terms: Iterable[CostTerm]) -> ChannelGraph:
         """The same graph with further cost terms (a measured latency table)."""
-        return ChannelGraph(self.groups.values(), (*self.terms, *terms), self.tensors)
+        return ChannelGraph(self.groups.values(), (*self.terms, *terms), self.tensors, self.blocks.values())
 
     @property
     def units(self) -> dict[str, int]:
@@ -248,13 +258,40 @@ class ChannelGraph:
                 old = piece.unit_of if index is None else piece.unit_of[index]
                 slices.append(replace(piece, unit_of=np.where(old < 0, -1, renumber[name][old])))
             groups.append(replace(group, units=units[name], slices=tuple(slices)))
-        return ChannelGraph(groups, self.terms, self._shapes(indices))
+        return ChannelGraph(groups, self.terms, self._shapes(indices), self.blocks.values())
 
     def _shapes(self, indices: Mapping[Axis, IntArray]) -> dict[str, tuple[int, ...]]:
         shapes = {name: list(shape) for name, shape in self.tensors.items()}
         for (tensor, axis), index in indices.items():
             shapes[tensor][axis] = len(index)
         return {name: tuple(shape) for name, shape in shapes.items()}
+
+    def without_blocks(self, names: Iterable[str]) -> ChannelGraph:
+        """The graph of the model whose blocks `names` are gone: with their tensors, costs and inner groups.
+
+        Groups that also run elsewhere stay, with what was known of them: coupled, floors, locks. Raises PlanError
+        for a name that is no block.
+        """
+        gone = [self.block(name) for name in names]
+        tensors = frozenset[str]().union(*(block.tensors for block in gone))
+        sources = tensors.union(*(block.sources for block in gone))
+        groups = []
+        for group in self.groups.values():
+            slices = tuple(piece for piece in group.slices if piece.tensor not in tensors)
+            if slices:
+                groups.append(replace(group, slices=slices))
+        return ChannelGraph(
+            groups,
+            [term for term in self.terms if term.source not in sources],
+            {name: shape for name, shape in self.tensors.items() if name not in tensors},
+            [block for block in self.blocks.values() if not block.tensors <= tensors],
+        )
+
+    def block(self, name: str) -> Block:
+        """Raises PlanError if there is none of that name."""
+        if name not in self.blocks:
+            raise PlanError(f"there is no block {name!r} that could be removed; there are {len(self.blocks)}")
+        return self.blocks[name]
 
     def growable(self, name: str) -> str | None:
         """None if the group can be widened, else the reason why not."""
@@ -328,7 +365,7 @@ class ChannelGraph:
                     slices.append(piece)
             units = group.units + len(copied) if other_name == name else other.units
             groups.append(replace(other, units=units, slices=tuple(slices)))
-        return ChannelGraph(groups, self.terms, self._shapes(sources)), sources
+        return ChannelGraph(groups, self.terms, self._shapes(sources), self.blocks.values()), sources
 
     @cached_property
     def fingerprint(self) -> str:
@@ -340,6 +377,8 @@ class ChannelGraph:
             for piece in group.slices:
                 digest.update(f"{piece.tensor}/{piece.axis}/{piece.role}".encode())
                 digest.update(np.ascontiguousarray(piece.unit_of, dtype="<i8").tobytes())
+        for name in self.blocks:
+            digest.update(f"block {name}".encode())
         full = self.cost()
         digest.update(json.dumps([full.macs, full.params, full.bytes]).encode())
         return digest.hexdigest()

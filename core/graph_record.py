@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from prunus.core.blocks import Block
 from prunus.core.cost import CostTerm, Extent, IntArray, Quantity
 from prunus.core.errors import PlanError
 from prunus.core.graph import ChannelGraph, ChannelGroup, Role, Slice
@@ -51,6 +52,13 @@ class _TermRecord(BaseModel):
     extents: list[_ExtentRecord]
 
 
+class _BlockRecord(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: _Name
+    tensors: list[_Name]
+    sources: list[_Name]
+
+
 class GraphRecord(BaseModel):
     """A `ChannelGraph` without its index arrays: those lie concatenated beside it, in the order of the slices."""
 
@@ -58,6 +66,7 @@ class GraphRecord(BaseModel):
     groups: list[_GroupRecord]
     terms: list[_TermRecord]
     tensors: dict[_Name, list[_Count]]
+    blocks: list[_BlockRecord] = Field(default_factory=list)
 
 
 def record_graph(graph: ChannelGraph) -> tuple[GraphRecord, IntArray]:
@@ -84,7 +93,13 @@ def record_graph(graph: ChannelGraph) -> tuple[GraphRecord, IntArray]:
             }
         )
     terms = [asdict(term) for term in graph.terms]
-    record = GraphRecord.model_validate({"groups": groups, "terms": terms, "tensors": graph.tensors})
+    blocks = [
+        {"name": block.name, "tensors": sorted(block.tensors), "sources": sorted(block.sources)}
+        for block in graph.blocks.values()
+    ]
+    record = GraphRecord.model_validate(
+        {"groups": groups, "terms": terms, "tensors": graph.tensors, "blocks": blocks}
+    )
     joined = np.concatenate(indices) if indices else np.zeros(0, dtype=np.int64)
     return record, joined
 
@@ -108,7 +123,8 @@ def rebuild_graph(record: GraphRecord, indices: IntArray) -> ChannelGraph:
         CostTerm(term.quantity, term.source, term.coefficient, tuple(_extent(e) for e in term.extents))
         for term in record.terms
     ]
-    return ChannelGraph(groups, terms, record.tensors)
+    blocks = [Block(b.name, frozenset(b.tensors), frozenset(b.sources)) for b in record.blocks]
+    return ChannelGraph(groups, terms, record.tensors, blocks)
 
 
 def _extent(record: _ExtentRecord) -> Extent:

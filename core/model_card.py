@@ -19,7 +19,7 @@ def model_card(report: Report, usage: str, limits: Sequence[str]) -> str:
     parts = [
         _front_matter(report),
         f"# {_line(report.model)}, {report.pruned.macs / max(report.dense.macs, 1):.0%} of the MACs\n",
-        f"A structurally pruned {_code(report.model)}: whole channels were removed by the method "
+        f"A structurally pruned {_code(report.model)}: {_removed(report)} by the method "
         f"{_code(report.plugin)}. It is a plain, dense, smaller model and needs no sparse kernels.\n",
         "## Results\n",
         _results(report),
@@ -52,6 +52,15 @@ def _front_matter(report: Report) -> str:
     if report.pruned.accuracy is not None:
         facts["metrics"] = ["accuracy"]
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in facts.items()) + "---\n"
+
+
+def _removed(report: Report) -> str:
+    blocks = report.depth.removed
+    channels = any(width.kept < width.units for width in report.widths)
+    parts = ["whole channels were removed"] if channels or not blocks else []
+    if blocks:
+        parts.append(f"{len(blocks)} of {report.depth.blocks} residual blocks were taken out")
+    return " and ".join(parts)
 
 
 def _results(report: Report) -> str:

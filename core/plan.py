@@ -53,6 +53,8 @@ class PruningPlan(BaseModel):
     attributes: list[AttributeEdit] = Field(default_factory=list)
     handlers: dict[_Name, _Name] = Field(default_factory=dict)
     """module -> name of the registered handler whose forward reads its sizes from attributes."""
+    removed_blocks: list[_Name] = Field(default_factory=list)
+    """Blocks that are gone, in the order in which they went; their groups stay in `keep` as they last were."""
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -80,7 +82,7 @@ class PruningPlan(BaseModel):
 
     def check_growable(self) -> None:
         """Raises PlanError if the model has another shape than the original."""
-        if self.axes:
+        if self.axes or self.removed_blocks:
             raise PlanError("a model can be grown once, and only before anything is removed from it")
 
     def after_growth(
@@ -104,11 +106,20 @@ class PruningPlan(BaseModel):
         keep: Keep,
         attributes: Sequence[AttributeEdit] = (),
         handlers: Mapping[str, str] | None = None,
+        blocks: Sequence[str] = (),
     ) -> PruningPlan:
-        """The plan after keeping `keep` of `graph` (the graph before, whose units are this plan's kept ones)."""
+        """The plan after keeping `keep` of `graph` (the graph before, whose units are this plan's kept ones).
+
+        `blocks` go as a whole. Raises PlanError if either breaks a rule of the graph.
+        """
+        for name in blocks:
+            graph.block(name)
         checked = graph.check_keep(keep)
         kept = {name: [self.keep[name][int(i)] for i in units] for name, units in checked.items()}
-        return self._changed(graph.kept_indices(checked), attributes, handlers, keep=kept)
+        removed = [*self.removed_blocks, *blocks]
+        return self._changed(
+            graph.kept_indices(checked), attributes, handlers, keep={**self.keep, **kept}, removed_blocks=removed
+        )
 
     def _changed(
         self,

@@ -56,6 +56,9 @@ class PruningPolicy(ABC):
     def __init__(self, config: PluginConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
 
+    def check(self, task: PruningTask) -> None:  # noqa: B027 - most methods have nothing to refuse
+        """Raises ConfigError if the method, as configured, cannot serve `task`; asked before anything starts."""
+
     @abstractmethod
     def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
         """Yield directives, receive observations, return the plan of the last `Changed`.

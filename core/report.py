@@ -53,6 +53,14 @@ class Width(BaseModel):
     locked: str | None = None
 
 
+class Depth(BaseModel):
+    """Residual blocks: how many could go as a whole, and which did."""
+
+    model_config = ConfigDict(extra="forbid")
+    blocks: int = 0
+    removed: list[str] = Field(default_factory=list)
+
+
 class Report(BaseModel):
     """Everything there is to say about a finished run."""
 
@@ -77,6 +85,7 @@ class Report(BaseModel):
     classes: int | None
     images: dict[str, int]
     widths: list[Width]
+    depth: Depth = Field(default_factory=Depth)
     history: list[dict[str, Any]]
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -105,7 +114,7 @@ def make_report(
     worst = history.verification or Verification("skipped", 0.0, 0.0)
     after = pruned.units
     widths = [
-        Width(name=name, units=group.units, kept=after[name], locked=group.locked)
+        Width(name=name, units=group.units, kept=after.get(name, 0), locked=group.locked)
         for name, group in dense.groups.items()
     ]
     return Report(
@@ -126,6 +135,9 @@ def make_report(
         classes=description.classes,
         images=dict(description.images),
         widths=widths,
+        depth=Depth(
+            blocks=len(dense.blocks), removed=[name for name in dense.blocks if name not in pruned.blocks]
+        ),
         history=history.rows,
         settings=settings.model_dump(mode="json", exclude={"trust"}),
         versions=dict(description.versions),

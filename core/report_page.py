@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 
 from prunus.core.charts import width_bars
-from prunus.core.display import human, proof
+from prunus.core.display import human, proof, removed_blocks
 from prunus.core.files import write_atomically
 from prunus.core.latency_target import LatencyResult
-from prunus.core.report import Report, Width
+from prunus.core.report import Depth, Report, Width
 from prunus.core.report_charts import note_sections, progress_charts, section, single_notes
 from prunus.core.report_style import STYLE
 from prunus.core.toml_text import to_toml
@@ -39,6 +39,7 @@ def render(report: Report) -> str:
         _latency(report.latency),
         *_course(report),
         *_widths(report.widths),
+        *_depth(report.depth),
         "<h2>Repeat it</h2>",
         *_again(report),
         "<h2>Environment</h2>",
@@ -148,6 +149,10 @@ def _widths(widths: list[Width]) -> list[str]:
         + _table(("group", "units", "kept", "share", "locked because"), rows)
         + "</details>",
     ]
+
+
+def _depth(depth: Depth) -> list[str]:
+    return ["<h2>Depth</h2>", f"<p>{escape(removed_blocks(depth))}</p>"] if depth.removed else []
 
 
 def _again(report: Report) -> list[str]:

@@ -26,6 +26,9 @@ class Signal(StrEnum):
     ACTIVATION_COVARIANCE = "activation-covariance"
     """By the name of a reading weight, (n, n): the centred covariance of its inputs. Not there for readers
     with more than `COVARIANCE_LIMIT` inputs (a flattened map): use the variance."""
+    BLOCK_CHANGE = "block-change"
+    """By block name, (2,): how much the block changes what passes through, mean over images: the energy of what
+    it adds as a share of its output's energy, and 1 - cosine of its input and output."""
 
 
 COVARIANCE_LIMIT = 4096

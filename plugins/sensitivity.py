@@ -61,7 +61,7 @@ def measure_sensitivity(
 def _only(graph: ChannelGraph, ladder: Ladder) -> ChannelGraph:
     """The same graph with all other groups locked."""
     groups = [g if n in ladder.groups else replace(g, locked="not tried") for n, g in graph.groups.items()]
-    return ChannelGraph(groups, graph.terms, graph.tensors)
+    return graph.with_groups(groups)
 
 
 def _narrowed(ladder: Ladder, discrepancy: Discrepancy, count: int) -> tuple[dict[str, list[int]], float]:

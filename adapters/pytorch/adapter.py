@@ -327,7 +327,9 @@ class PyTorchAdapter:
                 fold(model, before, directive.gates)
             self._target = None
         target = self._target = self._target or Remembered(copy.deepcopy(self.model), plan, self.forward_macs)
-        verification = self.shrinking.remove(keep, verified=self.settings.verify, seed=self._seed)
+        verification = self.shrinking.remove(
+            keep, directive.blocks, verified=self.settings.verify, seed=self._seed
+        )
 
         def adjust() -> float | None:
             if directive.refit != "none":

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from prunus.adapters.pytorch.attributes import apply_edits
+from prunus.adapters.pytorch.blocks import remove_blocks
 from prunus.adapters.pytorch.catalog import construct
 from prunus.adapters.pytorch.handlers import install_handlers
 from prunus.adapters.pytorch.surgery import reindex
@@ -29,7 +30,7 @@ Builder = Callable[[ModelSource], nn.Module]
 
 
 def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Give the fresh original `model` the shapes, sizes and handlers of `plan`, in place.
+    """Give the fresh original `model` the shapes, sizes, handlers and missing blocks of `plan`, in place.
 
     Weights are index-selected: for a plan that only removes, the result is the original with those units
     gone. Raises PlanError if the plan is of another model.
@@ -37,6 +38,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     install_handlers(model, plan.handlers)
     reindex(model, plan.indices())
     apply_edits(model, plan.attributes)
+    remove_blocks(model, plan.removed_blocks)
 
 
 def write_plan(folder: Path, plan: PruningPlan) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,18 +36,19 @@ def compare(
     args: tuple[Any, ...],
     *,
     bare: nn.Module,
+    without: Collection[str] = (),
     tolerance: float = TOLERANCE,
     in_double: bool = True,
 ) -> Verification:
     """The difference between `pruned` in eval mode and the masked reference, on `args`.
 
     `tensors` is the state (parameters and buffers) of the traced model before the removal, `keep` the
-    units that stay, `bare` the traced model, with or without weights. A difference beyond `tolerance` is
-    looked at again in float64 (not without `in_double`, nor where the model cannot run in it); one that
-    remains raises VerificationError.
+    units that stay, `without` the blocks that do not, `bare` the traced model, with or without weights. A
+    difference beyond `tolerance` is looked at again in float64 (not without `in_double`, nor where the
+    model cannot run in it); one that remains raises VerificationError.
     """
     whole = {group: keep.get(group, range(units)) for group, units in trace.graph.units.items()}
-    reference = _Reference(trace, bare, tensors, whole)
+    reference = _Reference(trace, bare, tensors, whole, without)
     worst = _measured(pruned, reference, args)
     if in_double and not _relative(worst) <= tolerance:
         worst = _in_double(pruned, reference, args) or worst
@@ -96,6 +97,7 @@ class _Reference:
     bare: nn.Module
     tensors: Mapping[str, Tensor]
     keep: Mapping[str, Any]
+    without: Collection[str]
 
     def outputs(self, pruned: nn.Module, args: tuple[Any, ...]) -> tuple[Any, Any]:
         """What `pruned` and the masked original answer to `args`.
@@ -104,7 +106,7 @@ class _Reference:
         `pruned` goes the way of its decisions, and what they were taken on belongs to the answers.
         """
         if not self.trace.program.concrete:
-            return pruned(*args), self.trace.masked_output(self.tensors, self.keep, args)
+            return pruned(*args), self.trace.masked_output(self.tensors, self.keep, args, self.without)
         taken: list[Decision] = []
 
         def observe(step: Step, arguments: Mapping[str, Any], result: Any) -> None:
@@ -126,7 +128,7 @@ def _measured(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -
 
 def _in_double(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst | None:
     """The same in float64; None for a model with an operator that knows float32 alone."""
-    whole = _Reference(reference.trace, reference.bare, _double(reference.tensors), reference.keep)
+    whole = replace(reference, tensors=_double(reference.tensors))
     try:
         with DoublePrecision():
             return _measured(with_tensors(pruned, _double(state_of(pruned))), whole, _double(args))

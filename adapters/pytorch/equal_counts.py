@@ -46,7 +46,7 @@ def with_locks(graph: ChannelGraph, locks: dict[str, str]) -> ChannelGraph:
         else group
         for name, group in graph.groups.items()
     ]
-    return ChannelGraph(groups, graph.terms, graph.tensors)
+    return graph.with_groups(groups)
 
 
 def _pairs(a: Polynomial, b: Polynomial) -> list[Pair] | None:
@@ -103,4 +103,4 @@ class _Tags:
             else group
             for name, group in graph.groups.items()
         ]
-        return ChannelGraph(groups, graph.terms, graph.tensors)
+        return graph.with_groups(groups)

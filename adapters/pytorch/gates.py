@@ -117,22 +117,30 @@ def scaled_tensors(model: nn.Module, graph: ChannelGraph, groups: frozenset[str]
     return _gather(model, graph, {name: graph.groups[name].with_role("scales") for name in sorted(groups)})
 
 
-def checked_gates(graph: ChannelGraph, gates: Mapping[str, FloatArray] | None) -> dict[str, FloatArray]:
-    """`gates` as float64 arrays, those that are 1 throughout left out. Raises PlanError on a wrong shape."""
-    checked = {}
+def checked_gates(
+    graph: ChannelGraph, gates: Mapping[str, FloatArray] | None
+) -> tuple[dict[str, FloatArray], dict[str, float]]:
+    """The gates of groups as float64 arrays, and those of blocks; what is 1 throughout is left out.
+
+    Raises PlanError on an unknown name or a wrong shape.
+    """
+    checked: dict[str, FloatArray] = {}
+    of_blocks: dict[str, float] = {}
     for name, values in (gates or {}).items():
-        if name not in graph.groups:
+        if name not in graph.groups and name not in graph.blocks:
             raise PlanError(f"gates name an unknown channel group {name!r}", group=name)
+        units = graph.groups[name].units if name in graph.groups else 1
         array = np.asarray(values, dtype=np.float64)
-        if array.shape != (graph.groups[name].units,) or not np.isfinite(array).all():
+        if array.shape != (units,) or not np.isfinite(array).all():
             raise PlanError(
-                f"gates of group {name!r} must be {graph.groups[name].units} finite numbers, "
-                f"got an array of shape {array.shape}",
+                f"gates of {name!r} must be {units} finite numbers, got an array of shape {array.shape}",
                 group=name,
             )
-        if (array != 1).any():
+        if (array != 1).any() and name in graph.groups:
             checked[name] = array
-    return checked
+        elif (array != 1).any():
+            of_blocks[name] = float(array[0])
+    return checked, of_blocks
 
 
 def _gather(model: nn.Module, graph: ChannelGraph, chosen: Mapping[str, tuple[Slice, ...]]) -> list[GatedTensor]:

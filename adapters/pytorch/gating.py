@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from prunus.adapters.pytorch.blocks import BlockGates
 from prunus.adapters.pytorch.gated_statistics import STANDARDISED, GatedStatistics
 from prunus.adapters.pytorch.gates import (
     GatedTensor,
@@ -25,6 +26,7 @@ from prunus.adapters.pytorch.gates import (
     sensing_tensors,
 )
 from prunus.core.cost import FloatArray
+from prunus.core.errors import PlanError
 from prunus.core.graph import ChannelGraph
 
 
@@ -46,9 +48,10 @@ class Gating:
         *,
         gradients: bool = False,
     ) -> None:
-        """`gates`: group -> (units,); groups not named have gates 1. `gradients`: prepare `gate_gradients`.
-        Raises PlanError for an unknown group or a wrong shape."""
-        wanted = checked_gates(graph, gates)
+        """`gates`: group -> (units,), block -> (1,); what is not named has gates 1. `gradients`: prepare
+        `gate_gradients`, of groups. Raises PlanError for an unknown name or a wrong shape."""
+        wanted, of_blocks = checked_gates(graph, gates)
+        self._blocks = BlockGates(model, of_blocks)
         self.gates = {name: g for name, g in wanted.items() if graph.groups[name].gateable}
         self.left_open = tuple(sorted(set(wanted) - set(self.gates)))
         self._model, self._graph, self._gradients = model, graph, gradients
@@ -85,8 +88,8 @@ class Gating:
 
     @property
     def watches(self) -> bool:
-        """True if norms or standardised weights are computed otherwise in forward passes, not only weights."""
-        return bool(self._norms or self._convolutions)
+        """True if forward passes compute norms, standardised weights or blocks otherwise: more than weights."""
+        return bool(self._norms or self._convolutions or self._blocks)
 
     @property
     def sensed(self) -> list[Tensor]:
@@ -108,6 +111,7 @@ class Gating:
             torch._foreach_mul_(self._weights, self._factors)
         if self._norms or self._convolutions:
             self._watch()
+        self._handles += self._blocks.hooks()
 
     def gate_gradients(self, gradients: list[Tensor | None] | None = None) -> dict[str, FloatArray]:
         """group -> (units,): dLoss/dgate of the backward pass just made. Call it before `after_backward`.
@@ -182,7 +186,9 @@ def fold(model: nn.Module, graph: ChannelGraph, gates: Mapping[str, FloatArray])
     Returns the groups whose gates cannot be folded, because something reads the group without a weight
     or through a standardised one; these stay at 1. Raises PlanError for an unknown group or wrong shape.
     """
-    wanted = checked_gates(graph, gates)
+    wanted, of_blocks = checked_gates(graph, gates)
+    if of_blocks:
+        raise PlanError(f"the gate of block {next(iter(of_blocks))!r} cannot be folded: it scales no weight")
     standardised = {id(m.weight) for m in model.modules() if isinstance(m, STANDARDISED)}
     readers = reading_tensors(model, graph)
     closed = {name for name in wanted if not graph.groups[name].gateable}

@@ -7,6 +7,7 @@ An averaged model (EMA) is a model: give it to `surgery.remove` or `surgery.grow
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,6 +33,15 @@ def carry_state(optimizer: torch.optim.Optimizer, changes: Changes) -> None:
         optimizer.state[changes.by_old[id(parameter)].new] = state
     for group in optimizer.param_groups:
         group["params"][:] = [changes.by_old[id(p)].new if id(p) in changes.by_old else p for p in group["params"]]
+
+
+def drop_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Makes `optimizer` forget parameters that are gone; its parameter groups stay, even empty ones."""
+    gone = {id(parameter) for parameter in parameters}
+    for parameter in [p for p in optimizer.state if id(p) in gone]:
+        del optimizer.state[parameter]
+    for group in optimizer.param_groups:
+        group["params"][:] = [p for p in group["params"] if id(p) not in gone]
 
 
 def _followed(key: str, value: Any, change: Replacement, optimizer: torch.optim.Optimizer) -> Any:

@@ -5,11 +5,13 @@ Both modes run the operators of the original model, nothing else is trusted:
     mask   original tensors; operands of contractions are zero at dead indices; statistics (norms, means)
            run over the living indices alone
     prune  restricted tensors, literals re-derived from kept counts
+
+In both, blocks can be without effect: zeros stand where their branches join the trunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from prunus.adapters.pytorch.tracing.labelling import Contraction
-from prunus.adapters.pytorch.tracing.program import Step, call
+from prunus.adapters.pytorch.tracing.program import Step, call, steps_in
 from prunus.adapters.pytorch.tracing.restriction import Number, Restriction, with_numbers
 from prunus.adapters.pytorch.tracing.trace import Trace
 from prunus.core.errors import TraceError
@@ -30,10 +32,17 @@ class Oracle:
     """One plan, in one mode, on any number of inputs."""
 
     def __init__(
-        self, trace: Trace, tensors: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]], mode: Mode
+        self,
+        trace: Trace,
+        tensors: Mapping[str, Tensor],
+        keep: Mapping[str, Sequence[int]],
+        mode: Mode,
+        without: Collection[str] = (),
     ) -> None:
         self._trace = trace
         self._mode = mode
+        self._cuts = dict(cut for name in without for cut in trace.residuals[name].cuts)
+        self._needed = _needed(trace, without)
         self._tensors = {**trace.program.constants, **tensors}
         kept = trace.graph.check_keep({n: np.asarray(u, dtype=np.int64) for n, u in keep.items()})
         self._restriction = Restriction(lambda ids: trace.grouping.alive(ids, kept))
@@ -78,7 +87,9 @@ class Oracle:
             if step is not None:
                 values[step] = value
         for step in program.steps:
-            if step.op == "tensor":
+            if step not in self._needed:
+                pass
+            elif step.op == "tensor":
                 values[step] = self._tensor(step)
             elif step.op == "constant":
                 values[step] = program.constants[step.name]
@@ -98,7 +109,11 @@ class Oracle:
         return value
 
     def _call(self, step: Step, values: Mapping[Step, Any]) -> Any:
-        arguments = {name: _resolve(x, values) for name, x in step.arguments.items()}
+        branch = self._cuts.get(step.index)
+        arguments = {name: _resolve(x, values) for name, x in step.arguments.items() if name != branch}
+        if branch is not None:
+            trunk = next(x for x in arguments.values() if isinstance(x, Tensor))
+            arguments = {name: arguments.get(name, torch.zeros_like(trunk)) for name in step.arguments}
         numbers, labels = self._numbers.get(step.index, []), self._trace.labels
         if self._mode == "prune":
             return self._checked(step, self.execute(step, _unaliased(step, with_numbers(arguments, numbers))))
@@ -147,6 +162,28 @@ def _unaliased(step: Step, arguments: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, Tensor) and isinstance(source, Step) and source.op in outside:
             copied[name] = value.clone()
     return copied
+
+
+def _needed(trace: Trace, without: Collection[str]) -> set[Step]:
+    """Everything but what goes on inside of the blocks `without`: their branches are cut.
+
+    Elsewhere a step counts even if no step reads its result: it may write into a tensor that one reads.
+    """
+    cuts = dict(cut for name in without for cut in trace.residuals[name].cuts)
+    owned = frozenset[str]().union(*(trace.residuals[name].block.sources for name in without))
+    stack = [x for x in trace.program.steps if x.target is not None and x.owner not in owned]
+    stack += [x for x in trace.program.outputs if isinstance(x, Step)]
+    found: set[Step] = set()
+    while stack:
+        step = stack.pop()
+        if step in found:
+            continue
+        found.add(step)
+        branch = cuts.get(step.index)
+        for name, value in step.arguments.items():
+            if name != branch:
+                stack.extend(steps_in(value))
+    return found
 
 
 def _last_uses(trace: Trace) -> dict[int, list[Step]]:

@@ -66,7 +66,7 @@ def refit(
     *,
     share: float | None = None,
 ) -> Refitted:
-    """Refits `pruned`, in place, to the function of `dense`; module names must agree.
+    """Refits `pruned`, in place, to the function of `dense`; module names must agree, blocks may be missing.
 
     `graph` and `kept_indices` (axis -> indices that stay) are those of the dense model. `survival`:
     group -> (units of `graph`,), the probability that a unit goes next. The weights that `pruned` has are
@@ -76,7 +76,8 @@ def refit(
     those that do more with their weight than multiply, are left; `Refitted.skipped` names them.
     Raises TrainingError if what reaches a layer is not finite.
     """
-    if mode == "none" or (not kept_indices and not survival):
+    smaller = kept_indices or len(list(pruned.parameters())) < len(list(dense.parameters()))
+    if mode == "none" or not (smaller or survival):
         return Refitted()
     images = _images(pruned, dense, batches)
     with measuring(pruned, dense):

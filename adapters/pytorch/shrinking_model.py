@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from prunus.adapters.pytorch import surgery
 from prunus.adapters.pytorch.artifact import apply_plan
+from prunus.adapters.pytorch.blocks import inside, remove_blocks
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.lineage import kept_of, kept_since, scattered, shapes_of
-from prunus.adapters.pytorch.optimizer_state import carry_state
+from prunus.adapters.pytorch.optimizer_state import carry_state, drop_state
 from prunus.adapters.pytorch.structural_copy import structural_copy
 from prunus.adapters.pytorch.tracing import Trace
 from prunus.adapters.pytorch.verification import prepare, verify
@@ -82,9 +83,10 @@ class ShrinkingModel:
 
     def cut(self, model: nn.Module, keep: Keep) -> tuple[list[AttributeEdit], surgery.Changes]:
         """Remove everything but `keep` from `model`, which has the current shape: this one, or a copy."""
-        before = self.graph.units
+        before = self.plan.kept_counts
         after = {**before, **{name: len(units) for name, units in keep.items()}}
         edits = self._prepared.bindings.edits(before, after)
+        edits = [edit for edit in edits if not inside(edit.module, self.plan.removed_blocks)]
         return edits, surgery.remove(model, self.graph, keep, edits)
 
     def extracted(self, keep: Keep) -> tuple[nn.Module, ChannelGraph]:
@@ -99,24 +101,32 @@ class ShrinkingModel:
         self.cut(small, keep)
         return small
 
-    def remove(self, keep: Mapping[str, IntArray], *, verified: bool, seed: int) -> Verification:
-        """Remove everything but `keep`, a checked plan for the current graph; optimizer and averages follow.
+    def remove(
+        self, keep: Mapping[str, IntArray], blocks: Sequence[str] = (), *, verified: bool, seed: int
+    ) -> Verification:
+        """Remove everything but `keep`, a checked plan for the current graph, and `blocks` as a whole.
+
+        Optimizer and averages follow.
 
         Raises VerificationError if the result is not the masked model (law 1).
         """
         reference = scattered(self.module, self._shapes, self.base, kept_of(self.plan)) if verified else None
         edits, changes = self.cut(self.module, keep)
+        gone = remove_blocks(self.module, blocks)
         for companion in self.companions:
             self.cut(companion, keep)
+            remove_blocks(companion, blocks)
         if self.optimizer is not None:
             carry_state(self.optimizer, changes)
-        self.plan = self.plan.after_removal(self.graph, keep, edits)
-        self.graph = self.graph.restrict(keep)
+            drop_state(self.optimizer, gone)
+        self.plan = self.plan.after_removal(self.graph, keep, edits, blocks=blocks)
+        self.graph = self.graph.restrict(keep).without_blocks(blocks)
         if reference is None:
             return UNVERIFIED
         example = self.origin.input.example(2, seed=seed)
         inputs = tuple(x.to(self.device) if isinstance(x, Tensor) else x for x in example)
-        return verify(self.module, self._prepared, reference, kept_of(self.plan), inputs)
+        without = self.plan.removed_blocks
+        return verify(self.module, self._prepared, reference, kept_of(self.plan), inputs, without=without)
 
     def grow(self, directive: Grow, seed: int) -> None:
         """Widen groups without changing the function. Raises PlanError if it has changed already."""
@@ -142,7 +152,10 @@ class ShrinkingModel:
 
     def since(self, earlier: PruningPlan, later: PruningPlan) -> tuple[ChannelGraph, dict[str, IntArray]]:
         """The graph of the model of `earlier`, and what `later` keeps of its units."""
-        return self.base.restrict(kept_of(earlier)), kept_since(earlier, later)
+        return self._graph_of(earlier), kept_since(earlier, later)
+
+    def _graph_of(self, plan: PruningPlan) -> ChannelGraph:
+        return self.base.restrict(kept_of(plan)).without_blocks(plan.removed_blocks)
 
     def become(self, base_plan: PruningPlan, module: nn.Module, plan: PruningPlan) -> None:
         """Go on as `module`, whose plan is `plan`; `base_plan` tells how the original was grown before."""
@@ -151,4 +164,4 @@ class ShrinkingModel:
             apply_plan(self.module, base_plan)
             self._rebase(self.original_graph.widen(base_plan.grow)[0])
         self.module, self.plan, self.optimizer = module, plan, None
-        self.graph = self.base.restrict(kept_of(plan))
+        self.graph = self._graph_of(plan)

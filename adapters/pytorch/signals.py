@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from prunus.adapters.pytorch.blocks import BlockChanges
 from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.evaluation import evaluating
 from prunus.adapters.pytorch.gates import named_tensors
@@ -29,7 +30,7 @@ from prunus.core.signals import COVARIANCE_LIMIT, NEEDS_DATA, NEEDS_LABELS, Sign
 Batch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
 """Images, or (images, labels)."""
 Loss = Callable[[Any, Tensor], Tensor]
-ACTIVATIONS = NEEDS_DATA - NEEDS_LABELS
+ACTIVATIONS = NEEDS_DATA - NEEDS_LABELS - {Signal.BLOCK_CHANGE}
 BUDGET = 1 << 30
 """Bytes of covariances held at a time; a single reader may exceed it."""
 
@@ -134,6 +135,20 @@ class MeasuredSignals:
                     raise TrainingError(f"the {signal.value} of {name!r} is not finite: check data and weights")
                 self._stored[signal, name] = _frozen(values / max(count, 1))
 
+    def store_block_changes(self) -> None:
+        """One forward pass over the batches."""
+        changes = BlockChanges(self._model, tuple(self._graph.blocks))
+        gating = Gating(self._model, self._graph, self._gates)
+        with measuring(self._model), gating, changes.watching(), torch.no_grad():
+            for batch in self._batches:
+                self._model(images_of(batch, self._model))
+        for name, sums in changes.sums.items():
+            energy, turn, images = self._processes.sum(sums).tolist()
+            values = np.array([energy, turn]) / max(images, 1.0)
+            if not np.isfinite(values).all():
+                raise TrainingError(f"what passes through {name} is not finite: check data and weights")
+            self._stored[Signal.BLOCK_CHANGE, name] = _frozen(values)
+
 
 FloatArrays = dict[Signal, FloatArray]
 
@@ -160,6 +175,8 @@ def measure(
     measured = MeasuredSignals(model, graph, batches, signals, gates, budget, processes)
     if signals & NEEDS_LABELS and loss_fn is not None:
         measured.store_gate_signals(loss_fn)
+    if Signal.BLOCK_CHANGE in signals:
+        measured.store_block_changes()
     return measured
 
 

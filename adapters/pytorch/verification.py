@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.attributes import Bindings, bind_attributes
+from prunus.adapters.pytorch.blocks import with_sound_blocks
 from prunus.adapters.pytorch.certification import certify
 from prunus.adapters.pytorch.comparison import TOLERANCE, compare, state_of
 from prunus.adapters.pytorch.equal_counts import reconcile
@@ -53,7 +54,7 @@ def prepare(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certi
     bindings = bind_attributes(model, trace, one)
     trace.graph = reconcile(trace.graph, bindings.conflicts)
     if certified:
-        trace.graph = certify(model, trace, bindings, one)
+        trace.graph = with_sound_blocks(model, trace, certify(model, trace, bindings, one), one)
     return Prepared(trace, bindings, handlers, skeleton(model))
 
 
@@ -64,18 +65,20 @@ def verify(
     keep: Keep,
     inputs: InputSpec | Tensor | tuple[Any, ...],
     *,
+    without: Collection[str] = (),
     tolerance: float = TOLERANCE,
 ) -> Verification:
     """Masked against pruned (law 1) on `inputs`, or on random ones of a given kind.
 
     `tensors` is the state of the prepared model, in its shapes and with the weights from before the
-    removal; `keep` what is left of it. Raises VerificationError where they differ by more than
-    `tolerance` of the largest output, in float64 where float32 is too coarse.
+    removal; `keep` what is left of it, `without` the blocks that are gone. Raises VerificationError where
+    they differ by more than `tolerance` of the largest output, in float64 where float32 is too coarse.
     """
     if isinstance(inputs, InputSpec):
         inputs = inputs.example(2)
     args = inputs if isinstance(inputs, tuple) else (inputs,)
-    return compare(pruned, prepared.trace, tensors, keep, args, bare=prepared.bare, tolerance=tolerance)
+    trace, bare = prepared.trace, prepared.bare
+    return compare(pruned, trace, tensors, keep, args, bare=bare, without=without, tolerance=tolerance)
 
 
 __all__ = ["Prepared", "prepare", "state_of", "verify"]

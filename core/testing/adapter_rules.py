@@ -58,6 +58,23 @@ def masked_equals_pruned(fresh: Fresh, name: str) -> None:
         raise PluginError(name, "masked equals pruned", detail)
 
 
+def blocks_go_as_the_graph_says(fresh: Fresh, name: str) -> None:
+    """Of a model that has blocks: the loss with one gated to zero, and the loss and cost without it."""
+    adapter = fresh()
+    before = adapter.graph
+    if not before.blocks:
+        return
+    block = next(iter(before.blocks))
+    gated = adapter.evaluate(Evaluate(gates={block: np.zeros(1)})).loss
+    changed = adapter.remove(Remove({}, blocks=(block,)))
+    removed = adapter.evaluate(Evaluate()).loss
+    if not _close(gated, removed):
+        raise PluginError(name, "gated to zero equals removed", f"Loss: gated {gated:g}, removed {removed:g}.")
+    expected = before.without_blocks([block])
+    if changed.graph.fingerprint != expected.fingerprint or changed.plan.removed_blocks != [block]:
+        raise PluginError(name, "after a block is removed, graph and plan are without it", f"Block {block!r}.")
+
+
 def evaluation_changes_nothing(fresh: Fresh, name: str) -> None:
     adapter = fresh()
     before = adapter.evaluate(Evaluate())
@@ -153,6 +170,7 @@ ADAPTER_RULES: dict[str, Callable[[Fresh, str], None]] = {
     "equal models have equal graphs": traces_alike,
     "a removal does what the graph says, at the cost that it predicts": removes_as_the_graph_says,
     "masked equals pruned": masked_equals_pruned,
+    "a block that is gated to zero equals one that is removed": blocks_go_as_the_graph_says,
     "measuring and evaluating leave the model as it was": evaluation_changes_nothing,
     "growth preserves the function": grows_without_changing_the_function,
     "signals have their shapes": signals_have_their_shapes,

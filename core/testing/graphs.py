@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from prunus.core.blocks import Block
 from prunus.core.cost import CostTerm, Extent
 from prunus.core.graph import ChannelGraph, ChannelGroup, Slice
 
@@ -51,6 +52,7 @@ def residual_graph(width: int, inner: Sequence[int], spatial: int = 64, classes:
     """A stem, residual blocks of two 3x3 convolutions on one stream, and a linear head.
 
     Groups: "stream" (written by the stem and every block's second convolution) and "inner0", "inner1"...
+    Blocks: "block0", "block1"...
     """
     stream = np.arange(width, dtype=np.int64)
     slices = [Slice("stem.weight", 0, "writes", stream)]
@@ -75,4 +77,8 @@ def residual_graph(width: int, inner: Sequence[int], spatial: int = 64, classes:
     for name, taps, extents in layers:
         terms.append(CostTerm("params", name, taps, extents))
         terms.append(CostTerm("bytes", name, 4 * taps, extents))
-    return ChannelGraph([ChannelGroup("stream", width, tuple(slices)), *groups], terms, shapes)
+    blocks = [
+        Block(f"block{k}", frozenset({f"block{k}.conv1.weight", f"block{k}.conv2.weight"}), frozenset())
+        for k in range(len(inner))
+    ]
+    return ChannelGraph([ChannelGroup("stream", width, tuple(slices)), *groups], terms, shapes, blocks)

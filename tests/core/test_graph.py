@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prunus.core.blocks import Block
 from prunus.core.errors import PlanError
 from prunus.core.graph import ChannelGraph, ChannelGroup, Slice
 from prunus.core.testing.graphs import mlp_graph, residual_graph
@@ -103,3 +104,47 @@ def test_shrinking_by_widen_is_refused() -> None:
 def test_fingerprints_tell_graphs_apart() -> None:
     assert mlp_graph([4, 8, 2]).fingerprint == mlp_graph([4, 8, 2]).fingerprint
     assert mlp_graph([4, 8, 2]).fingerprint != mlp_graph([4, 8, 2], h0={"multiple_of": 2}).fingerprint
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_without_blocks_is_the_graph_of_the_network_that_never_had_them(data: st.DataObject) -> None:
+    inner = data.draw(st.lists(st.integers(2, 9), min_size=1, max_size=4))
+    graph = residual_graph(8, inner)
+    gone = data.draw(st.sets(st.sampled_from(sorted(graph.blocks))))
+    left = graph.without_blocks(gone)
+    never = residual_graph(8, [units for k, units in enumerate(inner) if f"block{k}" not in gone])
+    assert left.cost() == never.cost()
+    assert sorted(left.tensors.values()) == sorted(never.tensors.values())
+    assert sorted(left.units.values()) == sorted(never.units.values())
+    assert set(left.blocks) == set(graph.blocks) - gone
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_blocks_and_units_can_go_in_either_order(data: st.DataObject) -> None:
+    graph = residual_graph(8, [6, 10, 4])
+    keep = {n: sorted(data.draw(st.sets(st.integers(0, u - 1), min_size=1))) for n, u in graph.units.items()}
+    gone = data.draw(st.sets(st.sampled_from(sorted(graph.blocks))))
+    after = graph.without_blocks(gone)
+    units_last = after.restrict({name: units for name, units in keep.items() if name in after.groups})
+    units_first = graph.restrict(keep).without_blocks(gone)
+    assert units_first.fingerprint == units_last.fingerprint
+    assert units_first.tensors == units_last.tensors
+
+
+def test_an_inner_block_goes_with_the_outer_one() -> None:
+    graph = residual_graph(8, [6])
+    first, second = "block0.conv1.weight", "block0.conv2.weight"
+    outer, inner = (
+        Block("outer", frozenset({first, second}), frozenset()),
+        Block("in", frozenset({first}), frozenset()),
+    )
+    nested = ChannelGraph(graph.groups.values(), graph.terms, graph.tensors, [outer, inner])
+    assert list(nested.without_blocks(["outer"]).blocks) == []
+    assert list(nested.without_blocks(["in"]).blocks) == ["outer"]
+
+
+def test_what_is_no_block_cannot_be_left_out() -> None:
+    with pytest.raises(PlanError, match="no block 'stem'"):
+        residual_graph(8, [6]).without_blocks(["stem"])

@@ -75,6 +75,7 @@ def test_a_graph_survives_its_record(graph: object) -> None:
     again = rebuild_graph(GraphRecord.model_validate_json(record.model_dump_json()), indices)
     assert again.fingerprint == graph.fingerprint  # type: ignore[attr-defined]
     assert again.tensors == graph.tensors  # type: ignore[attr-defined]
+    assert again.blocks == graph.blocks  # type: ignore[attr-defined]
 
 
 def test_a_gap_names_the_missing_entry(written: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from prunus.core.errors import PlanError
 from prunus.core.plan import AttributeEdit, ModelSource, PruningPlan
-from prunus.core.testing.graphs import mlp_graph
+from prunus.core.testing.graphs import mlp_graph, residual_graph
 
 SOURCE = ModelSource(name="simulated")
 
@@ -81,3 +81,23 @@ def test_attribute_edits_keep_the_first_old_and_the_last_new_value() -> None:
 def test_a_plan_that_makes_no_sense_is_not_read(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         PruningPlan.model_validate({"schema": 1, "model": {"name": "m"}, **bad})
+
+
+def test_removed_blocks_are_remembered_in_order_and_their_groups_stay_as_they_were() -> None:
+    graph = residual_graph(8, [6, 4])
+    plan = PruningPlan.begin(SOURCE, graph, {})
+    plan = plan.after_removal(graph, {"inner1": [0, 2]}, blocks=("block1",))
+    graph = graph.restrict({"inner1": [0, 2]}).without_blocks(["block1"])
+    plan = plan.after_removal(graph, {"stream": [1, 2, 5]}, blocks=("block0",))
+    assert plan.removed_blocks == ["block1", "block0"]
+    assert plan.keep["inner1"] == [0, 2] and plan.keep["stream"] == [1, 2, 5]
+    assert PruningPlan.model_validate_json(plan.model_dump_json(by_alias=True)) == plan
+    with pytest.raises(PlanError, match="no block 'block1'"):
+        plan.after_removal(graph.without_blocks(["block0"]), {}, blocks=("block1",))
+    with pytest.raises(PlanError, match="before anything is removed"):
+        plan.check_growable()
+
+
+def test_a_plan_from_before_blocks_is_read() -> None:
+    plan = PruningPlan.model_validate({"schema": 1, "model": {"name": "m"}, "keep": {"a": [0]}})
+    assert plan.removed_blocks == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from prunus.core.checkpoints import Checkpoints
+from prunus.core.directive_rules import DirectiveRules
 from prunus.core.directives import (
     Directive,
     Evaluate,
@@ -30,6 +32,7 @@ from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 from prunus.core.run import MAX_IDLE, Preamble, execute
 from prunus.core.signals import Signal
+from prunus.core.testing.graphs import residual_graph
 from prunus.core.testing.simulation import SimulatedAdapter
 
 BELONGS = "0" * 64
@@ -331,6 +334,8 @@ BROKEN: dict[str, tuple[PruningPolicy, str]] = {
     "path as a name": (_policy(Snapshot("../../etc")), "a snapshot's name"),
     "NaN in a note": (_policy(Note("n", {"x": float("nan")})), "numbers are finite"),
     "never removes": (_policy(Evaluate()), "must return a PruningPlan"),
+    "unknown block": (_policy(Remove({}, blocks=("h0",))), "There is no 'h0'"),
+    "blocks in a list": (_policy(Remove({}, blocks=["h0"])), "tuple of names"),  # type: ignore[arg-type]
     "over the budget": (_policy(Remove({})), "must meet every target"),
     "object that is no data": (_policy(Note("n", {"x": object()})), "declared types"),  # type: ignore[dict-item]
     "loops for ever": (_policy(*[Note("again")] * (MAX_IDLE + 1)), "may change nothing"),
@@ -401,3 +406,19 @@ def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
     Journal.create(tmp_path / "journal", "1", BELONGS)
     with pytest.raises(JournalError, match="belongs to another model"):
         Journal.open(tmp_path / "journal", "1", "1" * 64)
+
+
+def test_a_block_goes_once_and_its_gate_is_one_number_that_no_removal_folds() -> None:
+    graph = residual_graph(8, [6, 4])
+    task = dataclasses.replace(SimulatedAdapter(samples=128, dense_epochs=1).task("macs=50%"), graph=graph)
+    rules = DirectiveRules("guilty", task, graph)
+    rules.check(Evaluate(gates={"block1": np.zeros(1), "inner0": np.ones(6)}))
+    rules.check(Remove({}, blocks=("block1", "block0")))
+    for wrong, message in (
+        (Remove({}, blocks=("block1", "block1")), "a block goes once"),
+        (Evaluate(gates={"block1": np.zeros(2)}), "one number per unit"),
+        (Remove({}, gates={"block1": np.zeros(1)}), "There is no 'block1'"),
+        (Train(epochs=1, decay={"block1": np.zeros(1)}), "There is no 'block1'"),
+    ):
+        with pytest.raises(PluginError, match=message):
+            rules.check(wrong)

@@ -61,6 +61,7 @@ def _record(
         output_spec,
         constants,
         inputs,
+        recorder.calls,
         concrete=fake is None,
     )
 

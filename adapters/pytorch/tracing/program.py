@@ -62,6 +62,20 @@ def steps_in(value: Any) -> Iterator[Step]:
             yield from steps_in(item)
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a module within the forward pass."""
+
+    path: str
+    start: int
+    stop: int
+    """Steps start..stop-1 were recorded meanwhile."""
+    input: Step | None
+    """The first positional argument, if it is a tensor."""
+    output: Step | None
+    """The result, if it is a single tensor."""
+
+
 @dataclass(eq=False, repr=False)
 class Program:
     """The forward pass of one model in one mode, at one input shape."""
@@ -74,6 +88,8 @@ class Program:
     """Lifted constants by step name, and buffers that are not part of the state dict by tensor name."""
     inputs: list[Step | None] = field(default_factory=list)
     """One per flat input; None for an input that is no tensor."""
+    calls: list[Call] = field(default_factory=list)
+    """Every call of a module, in the order in which they ended."""
     concrete: bool = False
     """The forward pass asks for values, so it was recorded on real ones and is true for these alone."""
 

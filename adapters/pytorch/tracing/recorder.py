@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from prunus.adapters.pytorch.tracing.program import Step, operator_name
+from prunus.adapters.pytorch.tracing.program import Call, Step, operator_name
 from prunus.core.errors import TraceError
 
 
@@ -37,6 +37,8 @@ class Recorder(ProxyTorchDispatchMode):
         self._names = tensor_names(model)
         self._paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
         self._stack: list[tuple[str, str]] = []
+        self.calls: list[Call] = []
+        self._open: list[tuple[int, Step | None]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -92,6 +94,11 @@ class Recorder(ProxyTorchDispatchMode):
             return [self._recorded(item) for item in value]
         return value
 
+    def _known(self, value: Any) -> Step | None:
+        """The step that made a tensor, if one did."""
+        found: Step | None = self._step_of.get(value) if isinstance(value, Tensor) else None
+        return found
+
     def _assign(self, step: Step, result: Any) -> None:
         if isinstance(result, Tensor):
             self._step_of[result] = step
@@ -105,11 +112,14 @@ class Recorder(ProxyTorchDispatchMode):
     def watching(self) -> Iterator[None]:
         """Records, and follows which module is running, for the duration of a block."""
 
-        def enter(module: nn.Module, _: Any) -> None:
+        def enter(module: nn.Module, args: Any) -> None:
             self._stack.append((self._paths.get(id(module), ""), type(module).__name__))
+            self._open.append((len(self.steps), self._known(args[0]) if args else None))
 
-        def leave(module: nn.Module, _: Any, __: Any) -> None:
-            self._stack.pop()
+        def leave(module: nn.Module, _: Any, output: Any) -> None:
+            path, _ = self._stack.pop()
+            start, source = self._open.pop()
+            self.calls.append(Call(path, start, len(self.steps), source, self._known(output)))
 
         hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
         try:
@@ -119,6 +129,7 @@ class Recorder(ProxyTorchDispatchMode):
             for hook in hooks:
                 hook.remove()
             self._stack.clear()
+            self._open.clear()
 
 
 def tensor_names(model: nn.Module) -> dict[int, str]:

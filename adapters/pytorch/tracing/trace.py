@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from prunus.adapters.pytorch.tracing.capture import capture
 from prunus.adapters.pytorch.tracing.grouping import Grouping
 from prunus.adapters.pytorch.tracing.labelling import RULES, Contraction, Labelling, Multiplications
 from prunus.adapters.pytorch.tracing.program import Program, Step
+from prunus.adapters.pytorch.tracing.residuals import Residual, blocks_of, find_residuals
 from prunus.core.cost import CostTerm, Extent, IntArray
 from prunus.core.errors import TraceError
 from prunus.core.graph import ChannelGraph
@@ -61,24 +62,38 @@ class Trace:
     statistics: frozenset[Step]
     unknown: Mapping[str, str]
     """Operators that no rule knows -> the module that ran them; what they touch is locked."""
+    residuals: Mapping[str, Residual]
+    """Of every block of the graph (and of those that certification turned down), where its branches join."""
     notices: tuple[str, ...] = ()
     """What could not be looked at, in words for the user."""
 
-    def masked_output(self, tensors: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]], inputs: Any) -> Any:
+    def masked_output(
+        self,
+        tensors: Mapping[str, Tensor],
+        keep: Mapping[str, Sequence[int]],
+        inputs: Any,
+        without: Collection[str] = (),
+    ) -> Any:
         """What the model computes when only `keep` lives: the reference every removal is compared with.
 
         `tensors` is the state dict of the whole model, `inputs` a tensor or the tuple of arguments; the
-        batch may be any multiple of the traced one.
+        batch may be any multiple of the traced one. Blocks `without` which it is add zeros.
         """
         from prunus.adapters.pytorch.oracle import Oracle
 
-        return Oracle(self, tensors, keep, mode="mask").run(inputs)
+        return Oracle(self, tensors, keep, mode="mask", without=without).run(inputs)
 
-    def pruned_output(self, tensors: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]], inputs: Any) -> Any:
+    def pruned_output(
+        self,
+        tensors: Mapping[str, Tensor],
+        keep: Mapping[str, Sequence[int]],
+        inputs: Any,
+        without: Collection[str] = (),
+    ) -> Any:
         """The same from the restricted tensors and re-derived literals: proves the graph, not the Python code."""
         from prunus.adapters.pytorch.oracle import Oracle
 
-        return Oracle(self, tensors, keep, mode="prune").run(inputs)
+        return Oracle(self, tensors, keep, mode="prune", without=without).run(inputs)
 
 
 def trace_model(
@@ -113,6 +128,8 @@ def trace_model(
         [*_macs_terms(grouping, multiplications), *_size_terms(grouping, labelling, model, tensors)],
         {name: shapes[name] for name in labelling.tensors if name in sliced},
     )
+    residuals = find_residuals(program, model)
+    graph = ChannelGraph(graph.groups.values(), graph.terms, graph.tensors, blocks_of(graph, residuals))
     sites = tuple(
         LiteralSite(
             x.step.index,
@@ -127,7 +144,18 @@ def trace_model(
         for x in literals
         if grouping.extent(x.ids).terms
     )
-    return Trace(graph, sites, program, grouping, labels, contractions, statistics, labelling.unknown, notices)
+    return Trace(
+        graph,
+        sites,
+        program,
+        grouping,
+        labels,
+        contractions,
+        statistics,
+        labelling.unknown,
+        residuals,
+        notices,
+    )
 
 
 def _label_training(

@@ -22,6 +22,7 @@ import json, os, sys
 import sklearn.datasets, timm.data
 import prunus.adapters.pytorch.session, prunus.core.display, prunus.core.pruning
 import prunus.plugins.bayes_reparam, prunus.plugins.gsm_anneal, prunus.plugins.joint_search
+import prunus.plugins.iterative
 from prunus.core.cli import run
 for line in sys.stdin:
     words = json.loads(line)
@@ -41,6 +42,7 @@ METHODS = {
     "gsm-anneal": ("--epochs", "4"),
     "bayes-reparam": ("--epochs", "4"),
     "joint-search": ("--epochs", "6", "--set", "evaluations=6"),
+    "iterative": ("--epochs", "4", "--depth"),
 }
 MOMENTS = [2, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
 

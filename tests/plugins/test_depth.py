@@ -1,0 +1,119 @@
+"""Whole blocks go one at a time, the one that harms least for what it saves first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from prunus.adapters.pytorch.adapter import PyTorchAdapter
+from prunus.adapters.pytorch.session import open_session
+from prunus.core.budget import Budget, Target
+from prunus.core.directives import Directive, Evaluate, Measure, Note, Observation, Remove, Snapshot, Train
+from prunus.core.errors import ConfigError
+from prunus.core.policy import PruningTask
+from prunus.core.settings import make_settings
+from prunus.core.signals import Signal
+from prunus.core.testing.graphs import residual_graph
+from prunus.core.testing.simulation import SimulatedAdapter
+from prunus.core.testing.transcript import Transcript, drive
+from prunus.plugins.depth import cheapest
+from prunus.plugins.iterative import Iterative, IterativeConfig
+from prunus.plugins.magnitude import Magnitude
+
+
+@pytest.fixture
+def adapter() -> PyTorchAdapter:
+    common = {"model": "prunus/resnet20", "data": "digits", "train_limit": 150, "threads": 1, "batch_size": 50}
+    return open_session(make_settings(common)).adapter
+
+
+def _task(adapter: PyTorchAdapter, target: str, **changes: object) -> PruningTask:
+    graph = adapter.graph
+    budget = Budget.resolve([Target.parse(target)], graph.cost())
+    task = PruningTask(graph, budget, np.random.default_rng(0), Magnitude(), dense_accuracy=0.5)
+    return dataclasses.replace(task, **changes)
+
+
+class Answers:
+    """The adapter as `drive` wants it."""
+
+    def __init__(self, adapter: PyTorchAdapter) -> None:
+        self._adapter = adapter
+
+    def answer(self, directive: Directive) -> Observation:
+        kind = type(directive).__name__.lower()
+        return None if kind == "note" else getattr(self._adapter, kind)(directive)
+
+
+def _drive(adapter: PyTorchAdapter, task: PruningTask, **config: object) -> Transcript:
+    adapter.snapshot(Snapshot("dense"))
+    return drive(Iterative(IterativeConfig(depth=True, **config)), task, Answers(adapter))
+
+
+def test_blocks_go_one_at_a_time_until_the_target_is_met_and_channels_stay_whole(adapter: PyTorchAdapter) -> None:
+    task = _task(adapter, "macs=60%", epochs=2.0)
+    transcript = _drive(adapter, task)
+    removals = transcript.of(Remove)
+    assert all(len(r.blocks) == 1 and not r.keep for r in removals)
+    assert transcript.plan.removed_blocks == [r.blocks[0] for r in removals]
+    assert task.budget.met(adapter.graph.cost())
+    all_but_one = task.graph.without_blocks(transcript.plan.removed_blocks[:-1])
+    assert not task.budget.met(all_but_one.cost())
+    trained = transcript.of(Train)
+    assert len(trained) == len(removals)  # between two removals, and the recovery
+    assert sum(t.epochs for t in trained) <= task.epochs
+
+
+def test_channels_follow_where_blocks_alone_do_not_reach_the_target(adapter: PyTorchAdapter) -> None:
+    task = _task(adapter, "macs=12%")
+    transcript = _drive(adapter, task, rounds=2)
+    assert set(transcript.plan.removed_blocks) == set(task.graph.blocks)
+    assert 0.95 <= task.budget.load(adapter.graph.cost()) <= 1
+
+
+def test_a_blocks_harm_is_the_loss_with_its_gate_at_zero(adapter: PyTorchAdapter) -> None:
+    base = adapter.evaluate(Evaluate()).loss
+    closed = {b: adapter.evaluate(Evaluate(gates={b: np.zeros(1)})).loss for b in adapter.graph.blocks}
+    first = _drive(adapter, _task(adapter, "macs=80%")).of(Note)[0].values
+    assert first["harm"] == pytest.approx(max(closed[str(first["name"])] - base, 0.0), rel=1e-6)
+    assert first["left"] == len(closed) - 1
+
+
+def test_without_labels_blocks_are_judged_by_the_energy_that_they_add(adapter: PyTorchAdapter) -> None:
+    transcript = _drive(adapter, _task(adapter, "macs=80%", has_labels=False))
+    assert not transcript.of(Evaluate)
+    assert all(m.signals == {Signal.BLOCK_CHANGE} for m in transcript.of(Measure))
+    assert transcript.plan.removed_blocks
+
+
+def test_the_cheapest_block_is_the_one_with_least_harm_for_what_it_saves() -> None:
+    graph = residual_graph(8, [20, 10, 2])
+    budget = Budget.resolve([Target.parse("macs=50%")], graph.cost())
+    assert cheapest(graph, budget, {"block0": 1.0, "block1": 0.9, "block2": 0.8}) == "block0"
+    assert cheapest(graph, budget, {"block0": 9.0, "block1": 0.9, "block2": 0.8}) == "block1"
+    assert cheapest(graph, budget, {"block0": 0.0, "block1": 0.0, "block2": 0.0}) == "block0"
+
+
+def test_saving_beyond_the_target_is_worth_nothing() -> None:
+    graph = residual_graph(8, [40, 4])
+    budget = Budget.resolve([Target.parse("macs=95%")], graph.cost())
+    assert cheapest(graph, budget, {"block0": 1.0, "block1": 0.5}) == "block1"
+
+
+def _refusals() -> Iterator[tuple[PruningTask, dict[str, object], str]]:
+    simulated = SimulatedAdapter(samples=128, dense_epochs=1).task("macs=50%")
+    residual = dataclasses.replace(simulated, graph=residual_graph(8, [6, 4]))
+    yield simulated, {}, "no block of this model"
+    yield dataclasses.replace(residual, has_data=False), {}, "--data is none"
+    yield dataclasses.replace(residual, has_labels=False), {"block_score": "loss"}, "needs labels"
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_what_cannot_be_done_is_refused_before_anything_starts(case: int) -> None:
+    task, config, message = list(_refusals())[case]
+    with pytest.raises(ConfigError, match=message):
+        Iterative(IterativeConfig(depth=True, **config)).check(task)
+    Iterative(IterativeConfig()).check(task)
