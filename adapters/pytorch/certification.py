@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunus.adapters.pytorch.attributes import Bindings
 from prunus.adapters.pytorch.comparison import compare, follows_program, state_of
 from prunus.adapters.pytorch.equal_counts import with_locks
-from prunus.adapters.pytorch.structural_copy import structural_copy
+from prunus.adapters.pytorch.structural_copy import expressive_copy, structural_copy
 from prunus.adapters.pytorch.surgery import remove
 from prunus.adapters.pytorch.tracing import Trace, trace_model
 from prunus.core.errors import PrunusError, TraceError, VerificationError
@@ -42,8 +42,11 @@ def certify(
 
     Every group is given its own random share of units; where that fails, groups are added back in
     halves until those at fault are found. `model` is not changed. What the code hard-codes about channels
-    it does at every resolution, so large images are made smaller where the model takes that.
+    it does at every resolution, so large images are made smaller where the model takes that; and whatever
+    its weights are, so that zeros of a fresh model are filled.
     """
+    if not trace.program.concrete:  # what was recorded on values may take another way on others
+        model = expressive_copy(model)
     probe = _Probe(model, *_affordable(model, trace, args), bindings)
     locks: dict[str, str] = {}
     while True:

@@ -26,7 +26,7 @@ def reconcile(graph: ChannelGraph, conflicts: Sequence[Conflict]) -> ChannelGrap
                 for a, b in pairs:
                     tags.join(a, b, where)
             else:
-                reason = f"one number, {where}, serves axes that would have to differ"
+                reason = f"one number, {where}, is the size of axes that shrink in different steps"
                 locks.update(dict.fromkeys(first.groups | other.groups, reason))
     return with_locks(tags.applied(graph), locks)
 

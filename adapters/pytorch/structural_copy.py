@@ -48,3 +48,42 @@ def with_tensors(bare: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             if buffer is not None and prefix + name in tensors:
                 module._buffers[name] = tensors[prefix + name].detach()
     return model
+
+
+def expressive_copy(model: nn.Module) -> nn.Module:
+    """A copy whose output depends on everything: constant parameters and fresh batch statistics become noise.
+
+    Fresh models hide faults behind zeros (classifiers, last norms of residual branches, layer scales).
+    Everything else is shared with `model`, which is not changed; the noise is the same each time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise: dict[str, Tensor] = {}
+    made: dict[int, Tensor] = {}  # tied tensors stay tied
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if _constant(parameter):
+            if id(parameter) not in made:
+                made[id(parameter)] = _noise(name, parameter.detach(), generator)
+            noise[name] = made[id(parameter)]
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")) and _constant(buffer):
+            noise[name] = _noise(name, buffer, generator)
+    return with_tensors(model, noise)
+
+
+def _constant(tensor: Tensor) -> bool:
+    flat = tensor.detach().flatten()
+    if not tensor.is_floating_point() or len(flat) < 2 or flat[0] != flat[-1]:
+        return False
+    return bool((flat == flat[0]).all())
+
+
+def _noise(name: str, constant: Tensor, generator: torch.Generator) -> Tensor:
+    """A matrix by the number of its inputs, a shift small enough to drown nothing, a scale around one."""
+    uniform = torch.rand(constant.shape, generator=generator, dtype=torch.float32) - 0.5
+    if constant.dim() > 1 and constant.numel() > max(constant.shape):
+        found = uniform * (12 * constant.shape[0] / constant.numel()) ** 0.5
+    elif name.endswith(("bias", "mean")):
+        found = uniform * 0.1
+    else:
+        found = 1 + uniform * 0.8
+    return found.to(constant)

@@ -101,7 +101,7 @@ def table(models: Mapping[str, Mapping[str, Any]]) -> str:
         "Error: masked against pruned, relative to the largest output, the worst of 50% of the MACs and two seeds",
         "of random shares (25 to 95% of each group), on one image and on two (one alone where it takes more than",
         "100 G MACs). Reachable: the smallest share of the MACs a plan may keep.",
-        "Seconds: tracing and certification (random removals tried on copies), one core. Cost:",
+        "Seconds: of one core, for tracing and certification (random removals tried on copies). Cost:",
         "predicted MACs and parameters equal the measured ones, before and after (after: parameters alone, where",
         "the number of proposals depends on the weights, in detection). Replay: the plan on a fresh",
         "instance gives the same model bit for bit. Backward: in train mode every parameter that had a gradient",

@@ -167,7 +167,10 @@ class Labelling:
         """Two axes that must shrink alike; returns the label of both."""
         if a is None or b is None:
             other = b if a is None else a
-            self.lock(other, f"tied to an axis that cannot shrink, by {short(step)} in {step.where()}")
+            tied = (
+                f"tied by {short(step)} in {step.where()} to an axis that cannot shrink (positions, fixed sizes)"
+            )
+            self.lock(other, tied)
             return None
         self.variables.unify(a, b, f"its channels are mixed by {short(step)} in {step.where()}")
         return a

@@ -15,6 +15,7 @@ from prunus.adapters.pytorch.tracing.labelling import (
     short,
 )
 from prunus.adapters.pytorch.tracing.program import Step
+from prunus.adapters.pytorch.tracing.reshape import split
 
 
 def contract(
@@ -131,14 +132,11 @@ def attention(t: Labelling, s: Step) -> Labels:
         for other, x in (("key", k), ("value", v)):
             if x.shape[axis] == q.shape[axis]:
                 out[axis] = t.same(s, out[axis], labels[other][axis])
-            else:  # fewer key heads than query heads
-                reason = f"query heads share key heads in {s.where()}"
-                t.lock(out[axis], reason)
-                t.lock(labels[other][axis], reason)
-                out[axis] = None
+            elif x.shape[axis] != 1:
+                _shared_heads(t, s, out[axis], labels[other][axis], x.shape[axis], q.shape[axis])
     depth = t.same(s, labels["query"][-1], labels["key"][-1])
     if s.arguments.get("scale") is None:
-        t.lock(depth, f"attention in {s.where()} derives its scale from the head size")
+        t.lock(depth, f"attention in {s.where()} takes its scale from the head size: whole heads can go, no parts")
     t.contract(s, "query", len(out) + 1, depth)
     t.contract(s, "key", len(out) + 1, depth)
     t.ungateable(depth)
@@ -151,6 +149,13 @@ def attention(t: Labelling, s: Step) -> Labels:
     for width, ids in ((q.shape[-1], depth), (v.shape[-1], labels["value"][-1])):
         t.macs(s, fixed * k.shape[-2] * (1 if ids is not None else width), [*free, ids])
     return [*out, queries, labels["value"][-1]]
+
+
+def _shared_heads(t: Labelling, s: Step, queries: Label, keys: Label, few: int, many: int) -> None:
+    """Each key head serves the same number of query heads, and goes together with them."""
+    heads, served = split(t, s, queries, (few, many // few))
+    t.lock(served, f"{many // few} query heads share each key head in {s.where()}")
+    t.same(s, heads, keys)
 
 
 def _masked(t: Labelling, s: Step, mask: Step, labels: Labels) -> None:

@@ -72,7 +72,8 @@ def select(t: Labelling, s: Step) -> Labels:
 @rule("aten.unbind")
 def unbind(t: Labelling, s: Step) -> list[Labels]:
     labels: Labels = list(t.of(s.arguments["self"]))
-    t.lock(labels.pop(s.arguments["dim"]), f"its entries are taken apart by position in {s.where()}")
+    reason = f"its entries have jobs of their own (as query, key and value have) in {s.where()}"
+    t.lock(labels.pop(s.arguments["dim"]), reason)
     return [labels for _ in s.shapes]
 
 

@@ -172,10 +172,14 @@ def group_norm(t: Labelling, s: Step) -> Labels:
     return labels
 
 
-@rule("aten.lstm")
-def lstm(t: Labelling, s: Step) -> Any:
+GATES = {"aten.lstm": 4, "aten.gru": 3, "aten.rnn_tanh": 1, "aten.rnn_relu": 1}
+
+
+@rule(*GATES)
+def recurrent(t: Labelling, s: Step) -> Any:
     """All layers and directions share one hidden size, as the Python module has one number for it."""
     x, states, weights = s.arguments["input"], s.arguments["hx"], list(s.arguments["params"])
+    states = states if isinstance(states, list | tuple) else [states]
     directions = 2 if s.arguments["bidirectional"] else 1
     per_cell = 4 if s.arguments["has_biases"] else 2
     labels: Labels = t.of(x)
@@ -188,7 +192,7 @@ def lstm(t: Labelling, s: Step) -> Any:
     for cell in range(0, len(weights), per_cell):
         w_input, w_hidden, *biases = weights[cell : cell + per_cell]
         if hidden is not None:
-            gates = np.tile(hidden, 4)
+            gates = np.tile(hidden, GATES[s.op])
             for tensor in (w_input, w_hidden, *biases):
                 t.same(s, t.of(tensor)[0], gates)
             t.same(s, t.of(w_hidden)[1], hidden)
@@ -207,7 +211,7 @@ def lstm(t: Labelling, s: Step) -> Any:
     for state in states:
         t.same(s, t.of(state)[-1], hidden)
     out = [*labels[:-1], _directions(hidden, directions)]
-    return [out, [None, None, hidden], [None, None, hidden]]
+    return [out, *([None, None, hidden] for _ in states)]
 
 
 def _directions(hidden: Label, directions: int) -> Label:

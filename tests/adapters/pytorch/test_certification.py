@@ -198,3 +198,25 @@ def test_smaller_images_prove_nothing_where_other_units_shrink_on_them(monkeypat
     prepared = prepare(TiedWhenSmall().eval(), torch.randn(1, 3, 256, 256))
     assert seen == {256}
     assert len(prepared.graph.prunable) == 2
+
+
+class Blind(nn.Module):
+    """Its classifier is zero, so that its output says nothing of what the code does wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        nn.init.zeros_(self.norm.weight)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        return self.head(x / float(torch.tensor(x.shape[1])))
+
+
+def test_zeros_of_a_fresh_model_hide_no_fault() -> None:
+    torch.manual_seed(0)
+    model = Blind().eval()
+    prepared = prepare(model, torch.randn(1, 6))
+    assert not prepared.graph.prunable
+    assert not model.head.weight.any() and not model.norm.weight.any()

@@ -240,6 +240,29 @@ class Attention(nn.Module):
         return self.head(x + self.proj(y.transpose(1, 2).reshape(b, n, 24)))
 
 
+class GroupedQueries(nn.Module):
+    """Six query heads on `keys` key heads."""
+
+    def __init__(self, keys: int, repeated: bool = False):
+        super().__init__()
+        self.keys, self.repeated = keys, repeated
+        self.embed, self.q = nn.Linear(5, 16), nn.Linear(16, 6 * 4)
+        self.k, self.v = nn.Linear(16, keys * 4), nn.Linear(16, keys * 3)
+        self.proj = nn.Linear(6 * 3, 5)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        x = self.embed(x)
+        q, k, v = (y.reshape(b, n, h, -1).transpose(1, 2) for y, h in self.projected(x))
+        if self.repeated:
+            k, v = (y.repeat_interleave(6 // self.keys, dim=1) for y in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.5, enable_gqa=not self.repeated)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def projected(self, x):
+        return (self.q(x), 6), (self.k(x), self.keys), (self.v(x), self.keys)
+
+
 class NormedMlp(nn.Module):
     def __init__(self, norm: type[nn.Module]):
         super().__init__()
@@ -310,14 +333,14 @@ class UnusedBranch(Net):
 
 
 class Recurrent(nn.Module):
-    def __init__(self):
+    def __init__(self, cell: type[nn.Module]):
         super().__init__()
         self.a = nn.Linear(4, 7)
-        self.lstm = nn.LSTM(7, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.cell = cell(7, 6, num_layers=2, bidirectional=True, batch_first=True)
         self.head = nn.Linear(12, 3)
 
     def forward(self, x):
-        return self.head(self.lstm(self.a(x))[0])
+        return self.head(self.cell(self.a(x))[0])
 
 
 class Bilinear(nn.Module):
@@ -446,8 +469,23 @@ def test_masked_equals_pruned_from_a_linear_layer_to_a_map(certify):
     certify(LinearToMap(), torch.randn(1, 10))
 
 
-def test_masked_equals_pruned_through_stacked_bidirectional_recurrence(certify):
-    certify(Recurrent(), torch.randn(1, 5, 4))
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_masked_equals_pruned_through_stacked_bidirectional_recurrence(cell, certify):
+    graph = certify(Recurrent(cell), torch.randn(1, 5, 4)).graph
+    assert sorted(g.units for g in graph.prunable.values()) == [6, 7]
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_masked_equals_pruned_where_query_heads_share_key_heads(repeated, certify):
+    graph = certify(GroupedQueries(2, repeated), torch.randn(1, 5, 5)).graph
+    units = sorted(g.units for name, g in graph.prunable.items() if not name.startswith("embed"))
+    assert units == [2, 3, 4]  # key heads with their query heads, value dimensions, query and key dimensions
+
+
+def test_query_heads_on_one_key_head_go_one_by_one(certify):
+    graph = certify(GroupedQueries(1), torch.randn(1, 5, 5)).graph
+    units = sorted(g.units for name, g in graph.prunable.items() if not name.startswith("embed"))
+    assert units == [3, 4, 6]
 
 
 def test_masked_equals_pruned_through_an_outer_product(certify):
