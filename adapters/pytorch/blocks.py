@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from prunus.core.graph import ChannelGraph
 
 
 class PassThrough(nn.Identity):
-    """What stands where a block was that is called with more than its input (masks, positions)."""
+    """What stands where a block was that takes more than its input (masks, positions)."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return input
@@ -27,8 +28,8 @@ class PassThrough(nn.Identity):
 def remove_blocks(model: nn.Module, names: Collection[str]) -> list[nn.Parameter]:
     """Puts identities in the place of the modules `names`, in place; returns the parameters that are gone.
 
-    Within an `nn.Sequential`, which passes one argument, it is PyTorch's own. Raises PlanError, before
-    anything is changed, for a name that is no module.
+    PyTorch's own where the module takes nothing but its input. Raises PlanError, before anything is changed,
+    for a name that is no module.
     """
     modules = dict(model.named_modules())
     for name in names:
@@ -37,10 +38,10 @@ def remove_blocks(model: nn.Module, names: Collection[str]) -> list[nn.Parameter
     gone: dict[int, nn.Parameter] = {}
     for name in sorted(names, key=lambda path: -path.count(".")):  # an inner block before the outer one
         home, _, attribute = name.rpartition(".")
-        parent = modules[home]
-        gone.update((id(parameter), parameter) for parameter in modules[name].parameters())
-        identity = nn.Identity() if isinstance(parent, nn.Sequential) else PassThrough()
-        parent._modules[attribute] = identity.train(modules[name].training)
+        block = modules[name]
+        gone.update((id(parameter), parameter) for parameter in block.parameters())
+        identity = nn.Identity() if len(inspect.signature(block.forward).parameters) == 1 else PassThrough()
+        modules[home]._modules[attribute] = identity.train(block.training)
     return list(gone.values())
 
 

@@ -123,12 +123,12 @@ def test_a_block_whose_last_norm_is_zeroed_by_hand_equals_the_removed_one() -> N
     assert type(shrinking.module.get_submodule("layer3.1")) is nn.Identity
 
 
-def test_a_block_that_is_called_with_more_than_its_input_is_replaced_by_one_that_takes_it() -> None:
+def test_a_block_that_takes_more_than_its_input_is_replaced_by_one_that_takes_it_too() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.stem = nn.Conv2d(3, 8, 16, 16)
-            self.blocks = nn.ModuleList([Masked(), Masked()])
+            self.blocks = nn.Sequential(Masked(), Masked())  # and yet each is called on its own
             self.head = nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
