@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from prunus.core.adapter import Description
+from prunus.core.blocks import Block
 from prunus.core.cost import CostTerm, Extent
 from prunus.core.display_graph import graph_tables
 from prunus.core.graph import ChannelGraph, ChannelGroup, Slice
@@ -53,3 +54,10 @@ def test_with_slices_every_group_has_its_own_line() -> None:
     text = _printed(_graph({}), slices=True)
     for number in range(6):
         assert f"blocks.{number}.fc.weight[0] writes" in text
+
+
+def test_blocks_that_can_go_are_named_together_with_what_they_save() -> None:
+    graph = _graph({})
+    blocks = [Block(f"blocks.{n}", frozenset({f"blocks.{n}.fc.weight"}), frozenset()) for n in (1, 2, 3)]
+    text = _printed(ChannelGraph(graph.groups.values(), graph.terms, graph.tensors, blocks))
+    assert "3 residual blocks can go as a whole (iterative --depth), with 50.0% of the MACs: blocks.1-3." in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from html.parser import HTMLParser
@@ -9,9 +10,11 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from prunus.core.charts import Series, heat_map, line_chart, ticks, width_bars
-from prunus.core.display import bar, by_stage, human, proof
+from prunus.core.display import bar, by_stage, human, proof, summary
+from prunus.core.model_card import model_card
 from prunus.core.report import Report, Width
 from prunus.core.report_page import render
 
@@ -207,3 +210,18 @@ def test_a_bar_is_as_full_as_its_share() -> None:
 
 def test_the_proof_names_the_error_and_its_scale() -> None:
     assert "at most 1.0e-07 (5.0e-08 of their scale)" in proof(_report())
+
+
+def test_removed_blocks_are_named_in_terminal_page_and_card() -> None:
+    report = _report(depth={"blocks": 5, "removed": ["layer1.1", "layer3.2"]})
+    said = "Blocks removed: 2 of 5 (layer1.1, layer3.2)."
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(summary(report))
+    assert said in console.export_text()
+    assert said in render(report)
+    assert "2 of 5 residual blocks were taken out" in model_card(report, "load()", [])
+    assert "Blocks removed" not in render(_report())
+
+
+def test_a_report_from_before_blocks_is_read() -> None:
+    assert _report().depth.removed == []
