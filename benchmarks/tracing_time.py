@@ -3,8 +3,8 @@
     python benchmarks/tracing_time.py [NAME ...]
 
 Each measurement runs in a process of its own, warmed up on a small network; ours and theirs take turns, three
-times. Time is that of the processor, which other processes on the machine do not lengthen; either side is given
-a minute of it. Writes benchmarks/results/tracing_time.md.
+times. Time is that of the processor, which other processes on the machine lengthen little; either side is given
+a minute of it. Writes benchmarks/results/tracing_time.md; models that are not named keep their rows.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ SECONDS, REPEATS = 60, 3
 LOADING = 30
 """Seconds for imports and for building the model, which count for nobody."""
 RESULTS = Path(__file__).with_name("results") / "tracing_time.md"
+RECORDS = RESULTS.with_suffix(".json")
 
 
 def ours(model: Any, args: tuple[Any, ...]) -> dict[str, float]:
-    """Seconds in all, and without the capture."""
+    """Seconds in all, and those of labels and groups: capture, costs and residual blocks come on top."""
     from prunus.adapters.pytorch.tracing import trace as tracing
+    from prunus.adapters.pytorch.tracing.grouping import Grouping
+    from prunus.adapters.pytorch.tracing.labelling import Labelling
 
-    with stopwatch(tracing, "capture") as captures:
+    with stopwatch(Labelling, "run") as labels, stopwatch(Grouping, "__init__") as groups:
         start = time.process_time()
         trace = tracing.trace_model(model, args)
         total = time.process_time() - start
-    return {"total": total, "groups alone": total - sum(captures), "groups": len(trace.graph.groups)}
+    return {"total": total, "groups alone": sum(labels) + sum(groups), "groups": len(trace.graph.groups)}
 
 
 def certification(model: Any, args: tuple[Any, ...]) -> dict[str, float]:
@@ -155,9 +158,9 @@ def table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
         "",
         f"Medians of {REPEATS} processes in turn, one thread, seconds of the processor, on a {platform.machine()} "
         f"machine of {os.cpu_count()} cores; torch {torch.__version__}, torch-pruning {tp.__version__}.",
-        "In all: from the model to the groups, capture included. Groups alone: without the forward pass that is",
-        "recorded (`capture` of ours, the model's call in torch-pruning's). Certification: ours, on top, where",
-        "random removals are tried on copies of the model; torch-pruning has nothing like it.",
+        "In all: from the model to the groups, capture included; ours with exact costs and residual blocks.",
+        "Groups alone: labels and groups of ours, all but the model's call of torch-pruning's.",
+        "Certification: ours, on top; random removals are tried on copies of the model.",
         f"Either is given {SECONDS} s. Written by `python benchmarks/tracing_time.py`.",
         "",
         "| model | prunus, in all | torch-pruning, in all | prunus, groups alone | torch-pruning, groups alone "
@@ -180,11 +183,12 @@ def _cell(one: dict[str, Any], key: str) -> str:
 
 
 def main(names: list[str]) -> None:
-    rows = {}
     for name in names or MODELS:
+        rows = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
         rows[name] = compared(name)
         print(name, rows[name], flush=True)
-        RESULTS.write_text(table(rows))
+        RECORDS.write_text(json.dumps(rows, indent=1) + "\n")
+        RESULTS.write_text(table({n: rows[n] for n in (*MODELS, *rows) if n in rows}))
 
 
 if __name__ == "__main__":

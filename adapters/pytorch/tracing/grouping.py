@@ -206,8 +206,7 @@ class Grouping:
         for axis, ids in self._axes.items():
             table, codes = self._table(ids), self._role_codes(axis, room)
             for column in range(table.shape[1]):
-                groups, first = np.unique(self._group_of[table[:, column]], return_index=True)
-                for group, row in zip(groups.tolist(), first.tolist(), strict=True):
+                for group, row in _first_rows(self._group_of[table[:, column]]):
                     if group >= 0:
                         role = ROLES[codes[table[row, column]]]
                         slices.setdefault(group, []).append((axis, column, role))
@@ -273,6 +272,14 @@ class Grouping:
         for ids in marks:
             touched.update(int(g) for g in np.unique(self._group_of[np.unique(self._variables.leaves(ids))]))
         return touched
+
+
+def _first_rows(groups: IntArray) -> list[tuple[int, int]]:
+    """(group, first row that holds it), by group."""
+    if (groups == groups[0]).all():  # nearly always
+        return [(int(groups[0]), 0)]
+    found, first = np.unique(groups, return_index=True)
+    return list(zip(found.tolist(), first.tolist(), strict=True))
 
 
 def _classes(*keys: IntArray) -> IntArray:

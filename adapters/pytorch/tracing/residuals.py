@@ -91,6 +91,12 @@ class _Search:
         for step in program.steps:
             for source in step.inputs():
                 self._last_use[source] = max(step.index, self._last_use.get(source, 0))
+        self._readers: dict[str, set[str]] = {}
+        """tensor -> paths of the modules whose code reads it."""
+        for step in program.steps:
+            for source in step.inputs():
+                if source.op == "tensor":
+                    self._readers.setdefault(source.name, set()).add(step.owner)
         self._homes: dict[int, list[str]] = {}
         for named in (model.named_parameters, model.named_buffers):
             for name, tensor in named(remove_duplicate=False):
@@ -150,14 +156,9 @@ class _Search:
                 return None
             names.update(inside)
         parameters = any(True for _ in self._modules[path].parameters())
-        outside = {
-            step.name
-            for step in self._program.steps
-            if step.target is not None and not f"{step.owner}.".startswith(f"{path}.")
-            for step in step.inputs()
-            if step.op == "tensor"
-        }
-        return frozenset(names) if parameters and not names & outside else None
+        readers = set().union(*(self._readers.get(name, ()) for name in names))
+        outside = any(not f"{owner}.".startswith(f"{path}.") for owner in readers)
+        return frozenset(names) if parameters and not outside else None
 
 
 def _carriers(step: Step) -> list[str]:

@@ -69,7 +69,7 @@ class Variables:
         found = self._parent[ids]
         while True:
             further = self._parent[found]
-            if np.array_equal(further, found):
+            if (further == found).all():
                 break
             found = further
         self._parent[ids] = found
@@ -80,8 +80,9 @@ class Variables:
 
         In the order of the conjunctions (heads before head dimensions), without repetition.
         """
-        table = self.roots(ids)[:, None]
-        if not (self._left[table] != TRUE).any():
+        roots = self.roots(ids)
+        table = roots[:, None]
+        if not self._left[roots].any():  # TRUE is zero
             return table
         while True:
             joint = self._left[table] != TRUE
@@ -120,11 +121,12 @@ class Variables:
             return
         a, b = self.roots(a), self.roots(b)
         differ = a != b
-        if not differ.any():
+        if not differ.all():
+            a, b = a[differ], b[differ]
+        if not len(a):
             return
-        a, b = a[differ], b[differ]
-        fixed = (a == TRUE) | (b == TRUE)
-        if fixed.any():
+        if not (a.all() and b.all()):  # TRUE is zero
+            fixed = (a == TRUE) | (b == TRUE)
             self.lock(np.concatenate([a[fixed], b[fixed]]), reason)
             a, b = a[~fixed], b[~fixed]
         if len(a) and not (self._bind(b, a) or self._bind(a, b)):
@@ -134,15 +136,16 @@ class Variables:
         """Identify independent, distinct `source` variables with `target`, all at once; False if not possible."""
         numbers = np.arange(1, len(source) + 1)
         self._mark[source] = numbers
-        if (self._left[source] != TRUE).any() or not np.array_equal(self._mark[source], numbers):
+        if self._left[source].any() or not (self._mark[source] == numbers).all():  # TRUE is zero
             return False
-        leaves = self.leaves(target)
-        self._mark[leaves] = 0
+        joint = self._left[target] != TRUE
+        several = bool(joint.any())
+        self._mark[self.leaves(target) if several else target] = 0
         if not self._mark[source].all():
             return False
         self._parent[source] = target
-        plain = self._left[target] == TRUE
-        self._join_families(source[plain], target[plain])
+        plain = ~joint
+        self._join_families(source[plain] if several else source, target[plain] if several else target)
         return True
 
     def _unify_leaves(self, a: IntArray, b: IntArray, reason: str) -> None:
@@ -206,8 +209,10 @@ class Variables:
     def _join_families(self, a: IntArray, b: IntArray) -> None:
         runs, others = self._run[a], self._run[b]
         if len(runs) and (runs == runs[0]).all() and (others == others[0]).all():  # nearly always
-            runs, others = runs[:1], others[:1]
-        for x, y in _distinct_rows(np.stack([runs, others], axis=1)):
+            pairs = [(runs[0], others[0])]
+        else:
+            pairs = _distinct_rows(np.stack([runs, others], axis=1)).tolist()
+        for x, y in pairs:
             x, y = self._family_root(int(x)), self._family_root(int(y))
             if x != y:
                 self._families[max(x, y)] = min(x, y)
