@@ -32,6 +32,8 @@ UNTRAINED = (
     "digits",
     "--train-limit",
     "64",
+    "--batch-size",
+    "16",
     "--dense-epochs",
     "0",
     "--epochs",

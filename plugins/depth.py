@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from prunus.core.budget import Budget
-from prunus.core.directives import Directive, Evaluate, Evaluated, Measure, Observation
+from prunus.core.directives import Directive, Evaluate, Evaluated, Gates, Measure, Observation
 from prunus.core.errors import ConfigError, PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.policy import PruningTask
@@ -30,23 +30,22 @@ def harms(
 ) -> Generator[Directive, Observation, dict[str, float]]:
     """block -> what the model loses without it.
 
-    `loss`: the rise of the held-out loss with the block's gate at zero (0 if it falls); needs labels.
-    `change`: the energy of what the block adds, as a share of its output's; needs images alone. `auto` is
-    `loss` where there are labels.
+    `loss`: the rise of the held-out loss with the block's gate at zero, on `images` of that part (0 if it
+    falls); needs labels. `change`: the energy of what the block adds, as a share of its output's; needs images
+    alone. `auto` is `loss` where there are labels.
     """
     if score == "change" or not task.has_labels:
         signals = signals_of((yield Measure(frozenset({Signal.BLOCK_CHANGE}), images=images)))
         return {name: float(signals.read(Signal.BLOCK_CHANGE, name)[0]) for name in graph.blocks}
-    base = yield from _loss(None)
+    base = yield from _loss({}, images)
     found = {}
     for name in graph.blocks:
-        found[name] = max((yield from _loss(name)) - base, 0.0)
+        found[name] = max((yield from _loss({name: np.zeros(1)}, images)) - base, 0.0)
     return found
 
 
-def _loss(closed: str | None) -> Generator[Directive, Observation, float]:
-    """The held-out loss, with the gate of a block at zero."""
-    answer = yield Evaluate(gates={} if closed is None else {closed: np.zeros(1)})
+def _loss(gates: Gates, images: int) -> Generator[Directive, Observation, float]:
+    answer = yield Evaluate(gates=gates, images=images)
     if not isinstance(answer, Evaluated):
         raise PluginError("iterative", "Evaluate is answered by Evaluated", repr(type(answer).__name__))
     return answer.loss

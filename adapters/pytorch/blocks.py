@@ -40,9 +40,14 @@ def remove_blocks(model: nn.Module, names: Collection[str]) -> list[nn.Parameter
         home, _, attribute = name.rpartition(".")
         block = modules[name]
         gone.update((id(parameter), parameter) for parameter in block.parameters())
-        identity = nn.Identity() if len(inspect.signature(block.forward).parameters) == 1 else PassThrough()
+        identity = nn.Identity() if _takes_one(block) else PassThrough()
         modules[home]._modules[attribute] = identity.train(block.training)
     return list(gone.values())
+
+
+def _takes_one(module: nn.Module) -> bool:
+    taken = list(inspect.signature(module.forward).parameters.values())
+    return len(taken) == 1 and taken[0].kind is not inspect.Parameter.VAR_POSITIONAL
 
 
 def inside(path: str, blocks: Collection[str]) -> bool:

@@ -21,6 +21,7 @@ from prunus.adapters.pytorch import load
 from prunus.adapters.pytorch.artifact import apply_plan
 from prunus.adapters.pytorch.blocks import PassThrough
 from prunus.adapters.pytorch.certification import random_keep
+from prunus.adapters.pytorch.export import export_onnx
 from prunus.adapters.pytorch.gating import Gating, fold
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.refit import refit
@@ -211,6 +212,15 @@ def test_a_gate_scales_what_a_block_adds_also_where_it_adds_in_place() -> None:
     assert _close(net.block.f.weight.grad, 0.3 * by_hand.block.f.weight.grad)
     with pytest.raises(PlanError, match="cannot be folded"):
         fold(net, graph, gates)
+
+
+def test_a_model_without_some_blocks_is_exported_and_copied(tmp_path: Path) -> None:
+    shrinking = _shrinking("timm/test_vit")
+    shrinking.remove({}, tuple(shrinking.graph.blocks)[1:3], verified=True, seed=0)
+    model = shrinking.module.eval()
+    report = export_onnx(model, (_images(),), tmp_path / "short.onnx")
+    assert report.max_error <= 1e-4
+    assert torch.equal(_answer(copy.deepcopy(model)), _answer(model))
 
 
 def test_the_optimizer_goes_on_as_if_the_block_had_never_been() -> None:
