@@ -168,7 +168,7 @@ class Grouping:
         for mark in self._labelling.roles:
             axis = self._marked_axis(mark)
             if axis is not None:
-                leaves = np.unique(self._variables.leaves(mark.ids))
+                leaves = self._variables.leaves(mark.ids).reshape(-1)
                 roles.setdefault(axis, []).append((leaves, mark.role))
         return roles
 

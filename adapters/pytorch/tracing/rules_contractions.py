@@ -141,7 +141,7 @@ def attention(t: Labelling, s: Step) -> Labels:
     t.contract(s, "key", len(out) + 1, depth)
     t.ungateable(depth)
     tokens = t.same(s, labels["key"][-2], labels["value"][-2])
-    t.lock(tokens, f"softmax runs over it in {s.where()}")
+    t.lock(tokens, f"softmax in {s.where()} runs over it: what is left would change")
     queries = labels["query"][-2]
     if mask is not None:
         _masked(t, s, mask, [*out, queries, None])
@@ -220,7 +220,7 @@ def ranked(t: Labelling, s: Step) -> Any:
 def along(t: Labelling, s: Step) -> Labels:
     labels: Labels = list(t.of(s.arguments["self"]))
     axis = s.arguments["dim"]
-    t.lock(labels[axis], f"{short(s)} runs over it in {s.where()}")
+    t.lock(labels[axis], f"{short(s)} in {s.where()} runs over it: what is left would change")
     labels[axis] = None
     return labels
 

@@ -16,17 +16,19 @@ import numpy as np
 from prunus.core.cost import IntArray
 
 TRUE = 0
+_ROOM = 2**16
+"""Variables to begin with: enough for most models, and memory that is not touched costs nothing."""
 
 
 class Variables:
     """Union-find over alive variables, with conjunctions, in numpy."""
 
     def __init__(self) -> None:
-        self._parent = np.zeros(1024, dtype=np.int64)
-        self._left = np.zeros(1024, dtype=np.int64)
-        self._right = np.zeros(1024, dtype=np.int64)
-        self._run = np.zeros(1024, dtype=np.int64)
-        self._mark = np.zeros(1024, dtype=np.int64)
+        self._parent = np.zeros(_ROOM, dtype=np.int64)
+        self._left = np.zeros(_ROOM, dtype=np.int64)
+        self._right = np.zeros(_ROOM, dtype=np.int64)
+        self._run = np.zeros(_ROOM, dtype=np.int64)
+        self._mark = np.zeros(_ROOM, dtype=np.int64)
         """Room for notes on each variable within one method."""
         self._families = [0]
         self._locks: list[tuple[IntArray, str]] = []
@@ -42,14 +44,14 @@ class Variables:
                 grown[: len(old)] = old
                 setattr(self, name, grown)
         ids = np.arange(self.count, stop, dtype=np.int64)
-        self._parent[ids] = ids
+        self._parent[self.count : stop] = ids
         self.count = stop
         return ids
 
     def fresh(self, n: int) -> IntArray:
         """`n` new independent variables; they form one family."""
         ids = self._allocate(n)
-        self._run[ids] = len(self._families)
+        self._run[self.count - n : self.count] = len(self._families)
         self._families.append(len(self._families))
         return ids
 
@@ -67,11 +69,11 @@ class Variables:
     def roots(self, ids: IntArray) -> IntArray:
         """The representative of each variable's class, same shape as `ids`."""
         found = self._parent[ids]
-        while True:
-            further = self._parent[found]
-            if (further == found).all():
-                break
-            found = further
+        further = self._parent[found]
+        if (further == found).all():
+            return found
+        while not (further == found).all():
+            found, further = further, self._parent[further]
         self._parent[ids] = found
         return found
 
