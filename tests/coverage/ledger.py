@@ -128,7 +128,7 @@ def _counts(records: Sequence[Mapping[str, Any]]) -> list[str]:
         ("50% of the MACs or less can be reached", records, lambda r: r["reachable"] <= 0.5),
         ("25% of the MACs or less can be reached", records, lambda r: r["reachable"] <= 0.25),
         (f"traced and certified within {SECONDS} s", small, lambda r: r["seconds"] <= SECONDS),
-        (f"and within {GIB} GiB", small, lambda r: r.get("trace_gib", r["peak_gib"]) <= GIB),
+        (f"traced and certified within {GIB} GiB", small, lambda r: r.get("trace_gib", r["peak_gib"]) <= GIB),
     )
     lines = []
     for what, asked, kept in promises:
