@@ -43,6 +43,27 @@ class Heads(nn.Module):
         return self.head(self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, self.attn_dim)))
 
 
+class SharedKeys(nn.Module):
+    """Six query heads on two key heads, their numbers and ratio held as attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.ratio = 6, 2, 3
+        self.stem, self.q = nn.Linear(6, 16), nn.Linear(16, 24)
+        self.k, self.v, self.proj = nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        batch, tokens, _ = x.shape
+        q = self.q(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        k, v = (
+            y.view(batch, tokens, self.num_kv_heads, -1).transpose(1, 2).repeat_interleave(self.ratio, dim=1)
+            for y in (self.k(x), self.v(x))
+        )
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.5)
+        return self.proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+
 class Split(nn.Module):
     """Split sizes in a tuple, a slice bound, a size from arithmetic."""
 
@@ -136,6 +157,7 @@ def _vectors() -> Tensor:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "heads": (Heads, _tokens),
+    "shared keys": (SharedKeys, _tokens),
     "split": (Split, _images),
     "doubled": (Doubled, _images),
     "parts": (Parts, _images),
@@ -169,6 +191,14 @@ def test_equal_numbers_are_told_apart_by_where_they_come_from() -> None:
     heads, width = values["", "num_heads"], values["", "head_dim"]
     assert heads != width
     assert values["", "attn_dim"] == heads * width  # type: ignore[operator]
+
+
+def test_key_heads_go_with_the_query_heads_that_they_serve() -> None:
+    values = _bindings(SharedKeys(), _tokens()).values
+    keys = values["", "num_kv_heads"]
+    assert values["", "num_heads"] == keys + keys + keys  # type: ignore[operator]
+    assert ("", "ratio") not in values
+    assert sorted(g.units for g in prepare(SharedKeys(), _tokens()).graph.prunable.values()) == [2, 4, 4, 16]
 
 
 def test_a_number_that_serves_two_axes_ties_their_counts() -> None:
