@@ -1,10 +1,12 @@
 """Depth against width at equal MACs: what whole blocks and what channels save and cost.
 
-    python benchmarks/depth.py latency [--model timm/NAME ...] [--threads 2] [--repeats 60]
+    python benchmarks/depth.py latency [--model timm/NAME ...] [--threads 2] [--repeats 20]
     python benchmarks/depth.py accuracy --checkpoint DENSE.safetensors [...] [--target macs=60%] [--epochs 0]
 
-`latency`: untrained models lose blocks (the least changing first) down to a target, and once more channels (the
-same share of every group) down to exactly those MACs; `optimize latency` times both in turns with the original.
+`latency`: untrained models lose blocks (in random order) down to a target, or channels (the same share of every
+group) down to the same MACs. Both are timed in turns with the original as `optimize latency` does it, one image
+at a time: by what one thread of the processor worked, and by the clock on two threads. The fastest samples
+count: what other processes took on a busy machine is not the model's.
 `accuracy`: ResNet-20 on Fashion-MNIST loses blocks, by either score, or channels by either plain way, to the
 same MACs. One line of JSON for each run, Markdown at the end.
 """
@@ -12,6 +14,7 @@ same MACs. One line of JSON for each run, Markdown at the end.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -19,28 +22,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from prunus.adapters.pytorch.latency import measure, own_clock
+from prunus.adapters.pytorch.session import open_session
+from prunus.core.allocation import uniform_keep
+from prunus.core.budget import Budget, Target
+from prunus.core.directives import Remove
+from prunus.core.settings import make_settings
+
 MODELS = (
-    "timm/resnet50",
-    "timm/regnety_008",
+    "timm/resnet26",
+    "timm/regnety_004",
     "timm/convnext_atto",
     "timm/mobilenetv3_large_100",
     "timm/deit_tiny_patch16_224",
 )
 CHANNELS = {"one-shot taylor": ("--plugin", "one-shot", "--importance", "taylor"), "gsm-anneal": ()}
-UNTRAINED = (
-    "--data",
-    "digits",
-    "--train-limit",
-    "64",
-    "--batch-size",
-    "16",
-    "--dense-epochs",
-    "0",
-    "--epochs",
-    "0",
-    "--set",
-    "refit=none",
-)
 
 
 def optimize(*words: str) -> dict[str, Any]:
@@ -51,27 +50,40 @@ def optimize(*words: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def latency(model: str, target: str, threads: int, repeats: int, folder: Path) -> dict[str, Any]:
+def latency(model: str, target: str, threads: int, repeats: int, seed: int = 0) -> dict[str, Any]:
     """MACs and times of `model` without blocks, and without channels, as shares of the original's."""
-    common = ("prune", "--model", model, *UNTRAINED, "--img-size", "224")
-    deep = ("--plugin", "iterative", "--depth", "--set", "block_score=change", "--set", "images=8")
-    short = optimize(*common, *deep, "--target", target, "--output", str(folder / "short"))
-    same = f"macs={short['pruned']['macs']}"
-    wide = ("--plugin", "one-shot", "--set", "scope=uniform")
-    optimize(*common, *wide, "--target", same, "--output", str(folder / "narrow"))
-    row: dict[str, Any] = {"model": model, "blocks": len(short["depth"]["removed"])}
-    for kind in ("short", "narrow"):
-        words = ("--threads", str(threads), "--repeats", str(repeats))
-        found = optimize("latency", str(folder / kind), *words)
-        row[kind] = {"macs": found["macs_share"], "time": found["ratio"], "quartiles": found["ratio_quartiles"]}
-        row["dense_ms"] = 1e3 * found["dense"]["median"]
+    session = open_session(make_settings({"model": model, "data": "none", "seed": seed}))
+    adapter = session.adapter
+    graph, dense = adapter.graph, copy.deepcopy(adapter.model)
+    budget = Budget.resolve([Target.parse(target)], graph.cost())
+    removed: list[str] = []
+    for name in np.random.default_rng(seed).permutation(list(graph.blocks)).tolist():
+        if not budget.met(graph.without_blocks(removed).cost()):
+            removed.append(name)
+    same = Budget.resolve([Target.parse(f"macs={graph.without_blocks(removed).cost().macs:.0f}")], graph.cost())
+    keep = uniform_keep(graph, same, {name: np.ones(group.units) for name, group in graph.groups.items()})
+    narrow = adapter.shrinking.narrowed(keep)
+    adapter.remove(Remove({}, blocks=tuple(removed)))
+    models = (dense, adapter.model, narrow)
+    image = (torch.randn(1, *session.describe().input_size),)
+    row: dict[str, Any] = {"model": model, "removed": removed, "of": len(graph.blocks)}
+    row["macs"] = [
+        adapter.graph.cost().macs / graph.cost().macs,
+        graph.restrict(keep).cost().macs / graph.cost().macs,
+    ]
+    alone = [t.fastest for t in measure(models, image, threads=1, repeats=repeats, clock=own_clock(1, image))]
+    row["processor_ms"], row["processor"] = 1e3 * alone[0], [t / alone[0] for t in alone[1:]]
+    clock = measure(models, image, threads=threads, repeats=repeats)
+    row["clock_ms"] = 1e3 * clock[0].fastest
+    row["clock"] = [t.fastest / clock[0].fastest for t in clock[1:]]
+    row["median"] = [t.median / clock[0].median for t in clock[1:]]
     return row
 
 
 def accuracy(checkpoint: Path, target: str, epochs: float, folder: Path) -> dict[str, Any]:
     """Test accuracies of one dense model after each way of making it smaller."""
     common = ("prune", "--model", "prunus/resnet20", "--data", "fashion-mnist", "--checkpoint", str(checkpoint))
-    common += ("--epochs", str(epochs), "--threads", "1")
+    common += ("--epochs", str(epochs), "--threads", "1", "--train-limit", "14400")
     row: dict[str, Any] = {"checkpoint": checkpoint.stem, "target": target, "epochs": epochs}
     same = target
     for score in ("loss", "change"):
@@ -105,14 +117,14 @@ def main() -> None:
     options.add_argument("--target", default="macs=60%")
     options.add_argument("--epochs", type=float, default=0.0)
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--repeats", type=int, default=60)
+    options.add_argument("--repeats", type=int, default=20)
     given = options.parse_args()
     rows = []
     for one in given.model if given.what == "latency" else given.checkpoint:
-        with tempfile.TemporaryDirectory() as folder:
-            if given.what == "latency":
-                row = latency(one, given.target, given.threads, given.repeats, Path(folder))
-            else:
+        if given.what == "latency":
+            row = latency(one, given.target, given.threads, given.repeats)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
                 row = accuracy(one, given.target, given.epochs, Path(folder))
         print(json.dumps(row), flush=True)
         rows.append(row)
@@ -121,15 +133,13 @@ def main() -> None:
 
 def _latency_table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | dense | blocks removed | MACs left | time, fewer blocks | fewer channels | won per MAC |",
+        "| model | blocks removed | MACs left | processor time: depth | width | two threads: depth | width |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        short, narrow = row["short"], row["narrow"]
-        won = [(1 - x["time"]) / (1 - x["macs"]) for x in (short, narrow)]
-        times = [f"{x['time']:.1%} ({x['quartiles'][0]:.1%} to {x['quartiles'][1]:.1%})" for x in (short, narrow)]
-        head = f"| `{row['model']}` | {row['dense_ms']:.1f} ms | {row['blocks']} | {short['macs']:.1%} |"
-        lines.append(f"{head} {times[0]} | {times[1]} | {won[0]:.2f} against {won[1]:.2f} |")
+        times = [f"{t:.1%}" for t in (*row["processor"], *row["clock"])]
+        cells = [f"`{row['model']}`", f"{len(row['removed'])} of {row['of']}", f"{row['macs'][0]:.1%}", *times]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
