@@ -1,14 +1,12 @@
 """Depth against width at equal MACs: what whole blocks and what channels save and cost.
 
-    python benchmarks/depth.py latency [--model timm/NAME ...] [--threads 2] [--repeats 20]
-    python benchmarks/depth.py accuracy --checkpoint DENSE.safetensors [...] [--target macs=60%] [--epochs 0]
+    python benchmarks/depth.py [--model timm/NAME ...] [--target macs=60%] [--threads 2] [--repeats 20]
 
-`latency`: untrained models lose blocks (in random order) down to a target, or channels (the same share of every
+Untrained models lose blocks (in random order) down to a target, or channels (the same share of every
 group) down to the same MACs. Both are timed in turns with the original as `optimize latency` does it, one image
 at a time: by what one thread of the processor worked, and by the clock on two threads. The fastest samples
 count: what other processes took on a busy machine is not the model's.
-`accuracy`: ResNet-20 on Fashion-MNIST loses blocks, by either score, or channels by either plain way, to the
-same MACs. One line of JSON for each run, Markdown at the end.
+One line of JSON for each model, Markdown at the end.
 """
 
 from __future__ import annotations
@@ -16,10 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,15 +33,6 @@ MODELS = (
     "timm/mobilenetv3_large_100",
     "timm/deit_tiny_patch16_224",
 )
-CHANNELS = {"one-shot taylor": ("--plugin", "one-shot", "--importance", "taylor"), "gsm-anneal": ()}
-
-
-def optimize(*words: str) -> dict[str, Any]:
-    """What a command prints with --json. Raises CalledProcessError where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "prunus.core", *words, "--json"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    return dict(json.loads(done.stdout))
 
 
 def latency(model: str, target: str, threads: int, repeats: int, seed: int = 0) -> dict[str, Any]:
@@ -80,55 +65,18 @@ def latency(model: str, target: str, threads: int, repeats: int, seed: int = 0) 
     return row
 
 
-def accuracy(checkpoint: Path, target: str, epochs: float, folder: Path) -> dict[str, Any]:
-    """Test accuracies of one dense model after each way of making it smaller."""
-    common = ("prune", "--model", "prunus/resnet20", "--data", "fashion-mnist", "--checkpoint", str(checkpoint))
-    common += ("--epochs", str(epochs), "--threads", "1", "--train-limit", "14400")
-    row: dict[str, Any] = {"checkpoint": checkpoint.stem, "target": target, "epochs": epochs}
-    same = target
-    for score in ("loss", "change"):
-        for refit in ("sequential", "none"):
-            words = (
-                "--plugin",
-                "iterative",
-                "--depth",
-                "--set",
-                f"block_score={score}",
-                "--set",
-                f"refit={refit}",
-            )
-            run = optimize(*common, *words, "--target", target, "--output", str(folder / f"{score}-{refit}"))
-            row["dense"] = run["dense"]["accuracy"]
-            row[f"depth {score} {refit}"] = run["pruned"]["accuracy"]
-            row[f"removed {score} {refit}"] = run["depth"]["removed"]
-            same = f"macs={run['pruned']['macs']}"
-    for name, words in CHANNELS.items():
-        run = optimize(*common, *words, "--target", same, "--output", str(folder / name.replace(" ", "-")))
-        row[f"width {name}"] = run["pruned"]["accuracy"]
-        row["macs"] = run["pruned"]["macs"] / run["dense"]["macs"]
-    return row
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=("latency", "accuracy"))
     options.add_argument("--model", nargs="+", default=MODELS)
-    options.add_argument("--checkpoint", nargs="+", type=Path, default=[])
     options.add_argument("--target", default="macs=60%")
-    options.add_argument("--epochs", type=float, default=0.0)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--repeats", type=int, default=20)
     given = options.parse_args()
     rows = []
-    for one in given.model if given.what == "latency" else given.checkpoint:
-        if given.what == "latency":
-            row = latency(one, given.target, given.threads, given.repeats)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                row = accuracy(one, given.target, given.epochs, Path(folder))
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    print(_latency_table(rows) if given.what == "latency" else _accuracy_table(rows))
+    for model in given.model:
+        rows.append(latency(model, given.target, given.threads, given.repeats))
+        print(json.dumps(rows[-1]), flush=True)
+    print(_latency_table(rows))
 
 
 def _latency_table(rows: list[dict[str, Any]]) -> str:
@@ -139,15 +87,6 @@ def _latency_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         times = [f"{t:.1%}" for t in (*row["processor"], *row["clock"])]
         cells = [f"`{row['model']}`", f"{len(row['removed'])} of {row['of']}", f"{row['macs'][0]:.1%}", *times]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _accuracy_table(rows: list[dict[str, Any]]) -> str:
-    keys = [key for key in rows[0] if key.startswith(("dense", "depth", "width"))]
-    lines = ["| " + " | ".join(["checkpoint", "MACs", *keys]) + " |", "|---|" + "---:|" * (len(keys) + 1)]
-    for row in rows:
-        cells = [row["checkpoint"], f"{row['macs']:.1%}", *(f"{row[key]:.2%}" for key in keys)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
