@@ -146,11 +146,11 @@ def _states(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Which commits the records come from; what older ones did not look at."""
     states = Counter(r.get("source") or "before commits were noted" for r in records)
     older = sum("error" in r and "gradients" not in r for r in records)
-    return [
-        f"Records by the commit they come from: {', '.join(f'{n} x {name}' for name, n in states.most_common())}.",
-        f"* {older} records are from before gradients were compared by name: in them, backward means finite ones.",
-        "Where one peak is given, it is that of the whole examination.",
-    ]
+    named = ", ".join(f"{count} x {name}" for name, count in states.most_common())
+    lines = [f"Records by the commit they come from: {named}."]
+    if older:
+        lines.append(f"* {older} records compare no gradients by name: in them, backward means finite ones.")
+    return lines
 
 
 def _row(record: Mapping[str, Any]) -> str:
