@@ -7,8 +7,7 @@ for gates of zero and one; between them it is smooth in the gate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import NotImplementedType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +15,14 @@ import torch.nn.functional as F
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from prunus.adapters.pytorch.interception import Answer, BatchNormCall, Interception
 
 STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 """Convolutions that standardise their weight over its inputs: gates act after that, not on the parameter."""
-Result = Tensor | NotImplementedType
 
 
-class GatedStatistics(TorchFunctionMode):
+class GatedStatistics(Interception):
     """While active, norms with a gated affine weight take gate-weighted statistics.
 
     Norms are recognised by their weight, wherever it is used; a norm without one cannot be recognised.
@@ -32,17 +31,18 @@ class GatedStatistics(TorchFunctionMode):
     def __init__(self, norms: Mapping[int, Tensor], standardised: Mapping[nn.Module, Tensor]) -> None:
         """`norms`: id of an affine weight -> gates of its shape. `standardised`: convolution -> gates
         broadcastable against its weight."""
-        super().__init__()
+        super().__init__(
+            {
+                F.layer_norm: self._layer_norm,
+                F.rms_norm: self._rms_norm,
+                F.group_norm: self._group_norm,
+                F.batch_norm: self._standardise,
+                Tensor.mean: self._response,
+            }
+        )
         self._norms = norms
         self._standardised = standardised
         self._inside: nn.Module | None = None
-        self._handlers: dict[Callable[..., Any], Callable[..., Result]] = {
-            F.layer_norm: self._layer_norm,
-            F.rms_norm: self._rms_norm,
-            F.group_norm: self._group_norm,
-            F.batch_norm: self._standardise,
-            Tensor.mean: self._response,
-        }
         self.seen: set[int] = set()
         """The weights that a norm has used so far."""
 
@@ -62,20 +62,6 @@ class GatedStatistics(TorchFunctionMode):
             yield module.register_forward_pre_hook(enter)
             yield module.register_forward_hook(leave, always_call=True)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        handler = self._handlers.get(func)
-        if handler is not None:
-            result = handler(*args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
-        return func(*args, **(kwargs or {}))
-
     def _gate(self, weight: Tensor | None, like: Tensor) -> Tensor | None:
         if weight is None or id(weight) not in self._norms:
             return None
@@ -89,7 +75,7 @@ class GatedStatistics(TorchFunctionMode):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         eps: float = 1e-5,
-    ) -> Result:
+    ) -> Answer:
         x = _wide(input)
         gate = self._gate(weight, x)
         if gate is None or weight is None:
@@ -108,7 +94,7 @@ class GatedStatistics(TorchFunctionMode):
         normalized_shape: Sequence[int],
         weight: Tensor | None = None,
         eps: float | None = None,
-    ) -> Result:
+    ) -> Answer:
         x = _wide(input)
         gate = self._gate(weight, x)
         if gate is None or weight is None:
@@ -125,7 +111,7 @@ class GatedStatistics(TorchFunctionMode):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         eps: float = 1e-5,
-    ) -> Result:
+    ) -> Answer:
         x = _wide(input)
         gate = self._gate(weight, x)
         if gate is None or weight is None:
@@ -141,29 +127,20 @@ class GatedStatistics(TorchFunctionMode):
         result = result * weight.view(shape)
         return (result if bias is None else result + bias.view(shape)).to(input.dtype)
 
-    def _standardise(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Result:
-        module = self._inside
-        if module is None or module not in self._standardised or running_mean is not None:
+    def _standardise(self, *args: Any, **kwargs: Any) -> Answer:
+        call, module = BatchNormCall(*args, **kwargs), self._inside
+        if module is None or module not in self._standardised or call.running_mean is not None:
             return NotImplemented
-        gate = self._standardised[module].expand(module.weight.shape).reshape(input.shape).to(input)  # type: ignore[arg-type]
+        x = call.input
+        gate = self._standardised[module].expand(module.weight.shape).reshape(x.shape).to(x)  # type: ignore[arg-type]
         total = _nonzero(gate.sum(2, keepdim=True))
-        mean = (input * gate).sum(2, keepdim=True) / total
-        centred = input - mean
+        mean = (x * gate).sum(2, keepdim=True) / total
+        centred = x - mean
         variance = (centred.square() * gate).sum(2, keepdim=True) / total
-        result = centred * torch.rsqrt(variance + eps) * gate
-        return result if weight is None else result * weight.view(1, -1, 1)
+        result = centred * torch.rsqrt(variance + call.eps) * gate
+        return result if call.weight is None else result * call.weight.view(1, -1, 1)
 
-    def _response(self, input: Tensor, *args: Any, dim: int | None = None, keepdim: bool = False) -> Result:
+    def _response(self, input: Tensor, *args: Any, dim: int | None = None, keepdim: bool = False) -> Answer:
         """The mean over channels inside a global response norm (ConvNeXt V2, Woo et al. 2023)."""
         module = self._inside
         if not isinstance(module, GlobalResponseNorm) or dim != module.channel_dim or args:

@@ -7,7 +7,7 @@ processes are merged in double precision: a step is that of one process with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from prunus.adapters.pytorch.interception import Answer, BatchNormCall, Interception
 
 
 class _Total(torch.autograd.Function):
@@ -34,7 +35,7 @@ class _Total(torch.autograd.Function):
         return total
 
 
-class SharedNorms(TorchFunctionMode):
+class SharedNorms(Interception):
     """While active, `batch_norm` in training mode with running statistics normalises over all processes.
 
     A batch norm without running statistics (also one that standardises weights) is left as it is.
@@ -42,46 +43,27 @@ class SharedNorms(TorchFunctionMode):
 
     def __init__(self, watched: Callable[[], AbstractContextManager[None]]) -> None:
         """`watched`: around everything that needs the other processes."""
-        super().__init__()
+        super().__init__({F.batch_norm: self._batch_norm})
         self._watched = watched
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is F.batch_norm:
-            return self._batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if not training or running_mean is None or running_var is None:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    def _batch_norm(self, *args: Any, **kwargs: Any) -> Answer:
+        call = BatchNormCall(*args, **kwargs)
+        if not call.training or call.running_mean is None or call.running_var is None:
+            return NotImplemented
+        input = call.input
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         mean, variance, count = self._moments(x)
         with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            call.running_mean.lerp_(mean.to(call.running_mean.dtype), call.momentum)
             unbiased = variance * (count / (count - 1))
-            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        scale = torch.rsqrt(variance + eps).to(x.dtype)
-        if weight is not None:
-            scale = scale * weight
+            call.running_var.lerp_(unbiased.to(call.running_var.dtype), call.momentum)
+        scale = torch.rsqrt(variance + call.eps).to(x.dtype)
+        if call.weight is not None:
+            scale = scale * call.weight
         shape = [1, -1, *([1] * (x.dim() - 2))]
         result = (x - mean.to(x.dtype).view(shape)) * scale.view(shape)
-        if bias is not None:
-            result = result + bias.view(shape)
+        if call.bias is not None:
+            result = result + call.bias.view(shape)
         return result.to(input.dtype)
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
