@@ -112,7 +112,7 @@ def test_weights_that_nobody_published_are_refused() -> None:
 
 def test_keywords_from_a_file_cannot_reach_for_files_or_code() -> None:
     for name, kwargs in [
-        ("timm/test_resnet", {"checkpoint_path": "/tmp/evil.pth"}),
+        ("timm/test_resnet", {"checkpoint_path": "/elsewhere/evil.pth"}),
         ("timm/test_resnet", {"pretrained": True}),
         ("torchvision/resnet18", {"weights": "DEFAULT"}),
         ("timm/hf-hub:somebody/model", {}),
