@@ -340,7 +340,9 @@ def test_a_stop_keeps_what_is_done_and_records_no_failure(
     """Ctrl-C goes to the whole group of processes, SIGTERM to the one that was started."""
     bench("--list")  # writes the protocol
     words = ["compare", "p.toml", "--output", "out", "--registry", "registry.toml", "--only", "ours/*"]
-    text = "import sys; from prunus.core.cli import main; main(sys.argv[1:])"
+    # what runs in the background of a script ignores Ctrl-C, and so would this
+    text = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    text += "from prunus.core.cli import main; main(sys.argv[1:])"
     child = subprocess.Popen([sys.executable, "-c", text, *words], stderr=subprocess.PIPE, start_new_session=True)
     limit = time.monotonic() + 120
     while len(list(Path("out/cells").glob("*.json"))) < 2:
