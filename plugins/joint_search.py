@@ -80,8 +80,10 @@ class JointSearchConfig(PluginConfig):
     fifth of the time; the last comparison of a round always refits sequentially."""
     images: int = Field(default=1024, ge=8)
     """Images for signals, refits and the last comparison of a round's candidates."""
-    teachers: Literal["auto", "never"] = "auto"
-    """`auto`: the moving average, the best larger sub-network and the user's teach while they beat the student."""
+    teachers: Literal["auto", "named", "never"] = "named"
+    """Who teaches while it beats the student: `named` are the user's teachers, `auto` adds the moving average and
+    the best larger sub-network. At equal compute these two cost more than they bring
+    (benchmarks/results/joint_search.md)."""
     distil_weight: float = Field(default=0.5, gt=0, le=1)
     """Share of the teachers in the loss."""
     ema: float = Field(default=0.99, gt=0, lt=1)
@@ -230,7 +232,7 @@ def _finish(
             start=k / _FINAL_PIECES,
             stop=(k + 1) / _FINAL_PIECES,
             distil=taught,
-            ema=config.ema if teachers.wanted else None,
+            ema=config.ema if teachers.own else None,
             label="train",
         )
         yield from ledger.train(graph, train)
@@ -241,19 +243,21 @@ class _Teachers:
     """Who may teach: only who beats the student on the hold-out at the moment."""
 
     def __init__(self, task: PruningTask, config: JointSearchConfig, ledger: TrainingLedger) -> None:
-        self.wanted = config.teachers == "auto"
+        self.own = config.teachers == "auto"
+        """Whether the network's own moving average and larger sub-network may teach."""
+        self._named = () if config.teachers == "never" else task.teachers
         self._task, self._config, self._ledger = task, config, ledger
         self._larger: tuple[float, ChannelGraph] | None = None
 
     def check_users(self) -> Generator[Directive, Observation, None]:
         """A teacher that cannot answer for this data fails here, before anything is trained."""
-        for name in self._task.teachers if self.wanted else ():
+        for name in self._named:
             answer = evaluated((yield Evaluate(model=name)))
             yield Note("teacher", {"name": name, "accuracy": answer.accuracy})
 
     def remember(self, graph: ChannelGraph) -> Generator[Directive, Observation, None]:
         """Keep the current target as a teacher if it is the best so far."""
-        if not self.wanted:
+        if not self.own:
             return
         accuracy = yield from self._accuracy(graph, None)
         if self._larger is None or accuracy >= self._larger[0]:
@@ -263,9 +267,10 @@ class _Teachers:
     def choose(
         self, graph: ChannelGraph, further: tuple[str, ...]
     ) -> Generator[Directive, Observation, Distillation | None]:
-        if not self.wanted:
+        own = (*(("larger",) if self._larger else ()), *further) if self.own else ()
+        names = (*own, *self._named)
+        if not names:
             return None
-        names = (*(("larger",) if self._larger else ()), *further, *self._task.teachers)
         student = yield from self._accuracy(graph, None)
         better, values = [], {"student": student}
         for name in names:
@@ -286,7 +291,7 @@ class _Teachers:
         if name == "larger" and self._larger is not None:
             return self._larger[1]
         # the user's own teachers are of unknown size: as large as the original, until Trained.macs tells
-        return self._task.graph if name in self._task.teachers else graph
+        return self._task.graph if name in self._named else graph
 
     def _accuracy(self, graph: ChannelGraph, name: str | None) -> Generator[Directive, Observation, float]:
         answer = evaluated((yield Evaluate(model=name, images=self._config.images)))

@@ -77,7 +77,7 @@ def test_pieces_share_one_cycle_that_falls_only_at_the_end() -> None:
 
 
 def test_a_teacher_that_does_not_beat_the_student_is_silent() -> None:
-    transcript = run("macs=30%", epochs=30.0)
+    transcript = run("macs=30%", epochs=30.0, teachers="auto")
     judged = [n.values for n in transcript.notes if n.kind == "teachers"]
     assert judged and transcript.of(Snapshot)
     for values in judged:
@@ -86,6 +86,12 @@ def test_a_teacher_that_does_not_beat_the_student_is_silent() -> None:
                 beats = float(values[name]) > float(values["student"])  # type: ignore[arg-type]
                 assert (name in str(values["teaching"])) == beats
     assert not any(t.distil for t in run("macs=30%", teachers="never").of(Train))
+
+
+def test_teachers_that_nobody_named_cost_nothing() -> None:
+    transcript = run("macs=30%", epochs=30.0, evaluations=0)
+    assert not transcript.of(Evaluate) and not transcript.of(Snapshot)
+    assert not any(t.distil or t.ema for t in transcript.of(Train))
 
 
 def test_a_proposal_is_taken_only_if_it_beats_equal_thresholds() -> None:
