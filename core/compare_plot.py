@@ -14,6 +14,8 @@ _STYLES = {"method": ("-", 2.0), "reference": (":", 1.2), "rival": ("--", 1.2)}
 """Line and width, by group."""
 _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22",
             "#17becf", "#393b79", "#637939", "#8c6d31", "#843c39", "#7b4173", "#3182bd", "#e6550d")  # fmt: skip
+_MARKERS = "os^Dv"
+"""Once the colours are used up they come again with the next of these."""
 
 
 def plot_svg(results: Results) -> str:
@@ -63,7 +65,9 @@ def _panel(axis: Any, results: Results, teaching: Teaching, epochs: float) -> No
         axis.set_xticks(shares, [f"{share:.3g}" for share in shares])
         axis.minorticks_off()
     for number, entry in enumerate(results.protocol.entries):
-        _line(axis, results, entry, _COLOURS[number % len(_COLOURS)], teaching, epochs)
+        again, colour = divmod(number, len(_COLOURS))
+        look = {"color": _COLOURS[colour], "marker": _MARKERS[again % len(_MARKERS)]}
+        _line(axis, results, entry, look, teaching, epochs)
     axis.grid(alpha=0.3)
 
 
@@ -76,7 +80,9 @@ def _shares(results: Results) -> list[float]:
     return sorted(found.values())
 
 
-def _line(axis: Any, results: Results, entry: Entry, colour: str, teaching: Teaching, epochs: float) -> None:
+def _line(
+    axis: Any, results: Results, entry: Entry, look: dict[str, str], teaching: Teaching, epochs: float
+) -> None:
     """The mean, with bars from the worst to the best seed."""
     points = []
     for target in results.targets:
@@ -95,6 +101,5 @@ def _line(axis: Any, results: Results, entry: Entry, colour: str, teaching: Teac
     bars = ([m - v for m, v in zip(mean, low, strict=True)], [v - m for m, v in zip(mean, high, strict=True)])
     style, width = _STYLES[entry.side]
     axis.errorbar(
-        x, mean, bars, label=entry.name, color=colour, linestyle=style, linewidth=width, marker="o", markersize=3,
-        capsize=2,
+        x, mean, bars, label=entry.name, linestyle=style, linewidth=width, markersize=3, capsize=2, **look,
     )  # fmt: skip
