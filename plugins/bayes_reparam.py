@@ -68,10 +68,18 @@ class BayesReparam(PruningPolicy):
     Config: ClassVar[type[PluginConfig]] = BayesReparamConfig
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WEIGHT}) | MOMENTS
 
+    def check(self, task: PruningTask) -> None:
+        if not task.has_data:
+            raise ConfigError(
+                "bayes-reparam needs images (a few hundred, labels are not necessary) to see what units carry; got "
+                "--data none. Give --data, or use --plugin one-shot --importance magnitude",
+                key="data",
+            )
+        raise_if_unreachable(task.graph, task.budget)
+
     def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
         config = self.config
         assert isinstance(config, BayesReparamConfig)
-        _check(task)
         graph, start = task.graph, task.graph.cost()
         rounds = config.rounds or (1 if task.epochs <= _SHORT else 3)
         guard = _Guard(config.tolerance, task)
@@ -112,16 +120,6 @@ class BayesReparam(PruningPolicy):
             yield from guard.check(graph, index)
         yield from recover(task, config, task.epochs - spent)
         return result.plan
-
-
-def _check(task: PruningTask) -> None:
-    if not task.has_data:
-        raise ConfigError(
-            "bayes-reparam needs images (a few hundred, labels are not necessary) to see what units carry; got "
-            "--data none. Give --data, or use --plugin one-shot --importance magnitude",
-            key="data",
-        )
-    raise_if_unreachable(task.graph, task.budget)
 
 
 def _tries(config: BayesReparamConfig, task: PruningTask) -> bool:

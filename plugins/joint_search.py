@@ -75,9 +75,9 @@ class JointSearchConfig(PluginConfig):
     """Largest factor by which ThreshNet changes what a group discards at the shared threshold."""
     reward_images: int = Field(default=512, ge=8)
     """Held-out images that judge a proposal."""
-    reward_refit: Literal["sequential", "least-squares"] = "least-squares"
-    """The refit before a proposal is judged. `least-squares`, with batch-norm statistics re-estimated, takes a
-    fifth of the time; the last comparison of a round always refits sequentially."""
+    reward_refit: Literal["sequential", "least-squares"] = "sequential"
+    """The refit before a proposal is judged; `least-squares`, with batch-norm statistics re-estimated, is quicker
+    and rougher. The last comparison of a round always refits sequentially."""
     images: int = Field(default=1024, ge=8)
     """Images for signals, refits and the last comparison of a round's candidates."""
     teachers: Literal["auto", "named", "never"] = "named"
@@ -99,16 +99,40 @@ class JointSearch(PruningPolicy):
         {Signal.WEIGHT, Signal.ACTIVATION_VARIANCE, Signal.GATE_GRADIENT}
     )
 
+    def check(self, task: PruningTask) -> None:
+        if not task.has_data or not task.has_labels:
+            raise ConfigError(
+                "joint-search trains from scratch and needs labelled images; got none. Give --data, or use "
+                "--plugin one-shot for a trained model",
+                key="data",
+            )
+        if task.epochs <= 0:
+            raise ConfigError(
+                f"joint-search trains from scratch and needs epochs; got --epochs {task.epochs:g}", key="epochs"
+            )
+        if task.classes is not None and task.classes < 2:
+            raise ConfigError(
+                f"joint-search learns to tell classes apart; the data has {task.classes} class", key="data"
+            )
+        raise_if_unreachable(task.graph, task.budget)
+
     def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
         config = self.config
         assert isinstance(config, JointSearchConfig)
-        _check(task)
         graph, start = task.graph, task.graph.cost()
         ledger = TrainingLedger(task.epochs, start)
         teachers = _Teachers(task, config, ledger)
         yield from teachers.check_users()
         net = ThreshNet(task.rng, limit=config.offset_limit)
-        search = ThresholdSearch(net, task.rng, ledger, config.reward_images, config.images, config.search_share)
+        search = ThresholdSearch(
+            net,
+            task.rng,
+            ledger,
+            config.reward_images,
+            config.images,
+            config.search_share,
+            config.reward_refit,
+        )
         originals: dict[str, IntArray] = {n: np.arange(units, dtype=np.int64) for n, units in graph.units.items()}
         rounds = config.rounds or max(1, math.ceil(math.log(1 / task.budget.load(start)) / math.log(_FALL) - 0.1))
         overlaps: list[float] = []
@@ -154,24 +178,6 @@ class JointSearch(PruningPolicy):
 
 
 _ENERGY = (Signal.WEIGHT, Signal.ACTIVATION_VARIANCE)
-
-
-def _check(task: PruningTask) -> None:
-    if not task.has_data or not task.has_labels:
-        raise ConfigError(
-            "joint-search trains from scratch and needs labelled images; got none. Give --data, or use "
-            "--plugin one-shot for a trained model",
-            key="data",
-        )
-    if task.epochs <= 0:
-        raise ConfigError(
-            f"joint-search trains from scratch and needs epochs; got --epochs {task.epochs:g}", key="epochs"
-        )
-    if task.classes is not None and task.classes < 2:
-        raise ConfigError(
-            f"joint-search learns to tell classes apart; the data has {task.classes} class", key="data"
-        )
-    raise_if_unreachable(task.graph, task.budget)
 
 
 def _converged(overlaps: list[float]) -> bool:
@@ -248,12 +254,14 @@ class _Teachers:
         self._named = () if config.teachers == "never" else task.teachers
         self._task, self._config, self._ledger = task, config, ledger
         self._larger: tuple[float, ChannelGraph] | None = None
+        self._of_named: dict[str, float] = {}
+        """Held-out accuracy of the user's teachers, which learn nothing more."""
 
     def check_users(self) -> Generator[Directive, Observation, None]:
-        """A teacher that cannot answer for this data fails here, before anything is trained."""
+        """Judge the user's teachers; one that cannot answer for this data fails before anything is trained."""
         for name in self._named:
-            answer = evaluated((yield Evaluate(model=name)))
-            yield Note("teacher", {"name": name, "accuracy": answer.accuracy})
+            self._of_named[name] = yield from self._accuracy(self._task.graph, name)
+            yield Note("teacher", {"name": name, "accuracy": self._of_named[name]})
 
     def remember(self, graph: ChannelGraph) -> Generator[Directive, Observation, None]:
         """Keep the current target as a teacher if it is the best so far."""
@@ -274,7 +282,10 @@ class _Teachers:
         student = yield from self._accuracy(graph, None)
         better, values = [], {"student": student}
         for name in names:
-            values[name] = yield from self._accuracy(self._graph_of(name, graph), name)
+            if name in self._of_named:
+                values[name] = self._of_named[name]
+            else:
+                values[name] = yield from self._accuracy(self._graph_of(name, graph), name)
             if values[name] > student:
                 better.append(name)
         yield Note("teachers", {**values, "teaching": ", ".join(better) or "none"})

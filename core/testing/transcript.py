@@ -35,7 +35,8 @@ class Transcript:
 
 
 def drive(policy: PruningPolicy, task: PruningTask, adapter: Answering) -> Transcript:
-    """Run a method to its end, without a journal."""
+    """Run a method to its end, without a journal. Raises what the method has against the task."""
+    policy.check(task)
     directives: list[Directive] = []
     method = policy.run(task)
     observation: Observation = None

@@ -398,3 +398,14 @@ def test_a_module_in_the_current_folder_can_be_named_and_hides_no_installed_pack
     command = [sys.executable, str(script), "plugins", "check", "my_module:Magnitude"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_method_that_refuses_leaves_the_run_that_was_to_be_overwritten(
+    optimize: Optimize, tmp_path: Path
+) -> None:
+    optimize("prune", "--plugin", "one-shot", "--output", "runs/a")
+    before = (tmp_path / "runs" / "a" / "plan.json").read_text()
+    done = optimize("prune", "--plugin", "joint-search", "--epochs", "0", "--output", "runs/a", "--overwrite")
+    assert done.code == 2
+    assert "joint-search trains from scratch and needs epochs" in done.err
+    assert (tmp_path / "runs" / "a" / "plan.json").read_text() == before
