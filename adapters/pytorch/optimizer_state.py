@@ -44,27 +44,56 @@ def drop_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -
         group["params"][:] = [p for p in group["params"] if id(p) not in gone]
 
 
+def adopt(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Makes `optimizer` train new parameters, each given beside the trained weight that it came from.
+
+    A matrix or kernel joins the parameter group of that weight; a vector joins the group of the vectors
+    (norms, biases), which often do not decay, if there is one with the same learning rate. State begins anew.
+    """
+    groups = optimizer.param_groups
+    for parameter, weight in parameters:
+        if not parameter.requires_grad:
+            continue
+        home = next((group for group in groups if any(p is weight for p in group["params"])), None)
+        if home is None:
+            continue  # it came from a weight that does not train here
+        if parameter.ndim <= 1:
+            alike = (g for g in groups if g["lr"] == home["lr"] and any(p.ndim <= 1 for p in g["params"]))
+            home = next(alike, home)
+        home["params"].append(parameter)
+
+
 def _followed(key: str, value: Any, change: Replacement, optimizer: torch.optim.Optimizer) -> Any:
-    if not isinstance(value, Tensor) or value.numel() <= 1:
+    kept = f"{type(optimizer).__name__} keeps {key!r} of {change.name}"
+    instead = (
+        "which cannot follow a removal; use an optimizer with per-weight state (SGD, Adam, AdamW, RMSprop, ...)"
+    )
+    if isinstance(value, list | dict | tuple) and any(isinstance(x, Tensor) for x in _values(value)):
+        raise ConfigError(f"{kept} in a {type(value).__name__}, {instead}")
+    if not isinstance(value, Tensor) or value.numel() <= 1:  # of all the weights together
         return value
-    axes = _aligned(tuple(value.shape), tuple(change.old.shape))
+    axes = _aligned(key, tuple(value.shape), tuple(change.old.shape))
     if axes is None:
-        raise ConfigError(
-            f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {change.name} of "
-            f"shape {tuple(change.old.shape)}, which cannot follow a removal; use an optimizer with "
-            "per-weight state (SGD, Adam, AdamW, RMSprop, ...)"
-        )
+        shapes = f"in shape {tuple(value.shape)} beside weights of {tuple(change.old.shape)}"
+        raise ConfigError(f"{kept} {shapes}, {instead}")
     return select(value, {at: change.indices[axis] for at, axis in axes.items() if axis in change.indices})
 
 
-def _aligned(state: tuple[int, ...], parameter: tuple[int, ...]) -> dict[int, int] | None:
+def _values(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _aligned(key: str, state: tuple[int, ...], parameter: tuple[int, ...]) -> dict[int, int] | None:
     """Axis of the state -> axis of the parameter, or None where the two shapes have nothing in common."""
     if len(state) == len(parameter):
         if all(s in (1, p) for s, p in zip(state, parameter, strict=True)):
             return {axis: axis for axis, size in enumerate(state) if size == parameter[axis]}
         return None
-    for dropped in (len(parameter) - 1, len(parameter) - 2):  # a factored second moment: rows, columns
-        left = [axis for axis in range(len(parameter)) if axis != dropped]
-        if dropped >= 0 and state == tuple(parameter[axis] for axis in left):
+    dropped = [len(parameter) - 1, len(parameter) - 2]  # a factored second moment: rows, columns
+    if key.endswith("_col"):  # of a square matrix, its shape alone does not say which
+        dropped.reverse()
+    for gone in dropped:
+        left = [axis for axis in range(len(parameter)) if axis != gone]
+        if gone >= 0 and state == tuple(parameter[axis] for axis in left):
             return dict(enumerate(left))
     return None

@@ -66,6 +66,17 @@ def test_a_step_after_removal_equals_the_masked_models_step(name: str) -> None:
         torch.testing.assert_close(net.state_dict()[key], expected)
 
 
+def test_rows_and_columns_of_a_square_matrix_are_told_apart() -> None:
+    net = nn.Sequential(nn.Linear(6, 6))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    rows, columns = torch.arange(6.0), torch.arange(6.0) * 10
+    optimizer.state[net[0].weight] = {"exp_avg_sq_row": rows, "exp_avg_sq_col": columns}
+    carry_state(optimizer, reindex(net, {("0.weight", 1): KEPT}))
+    state = optimizer.state[net[0].weight]
+    assert torch.equal(state["exp_avg_sq_row"], rows)
+    assert torch.equal(state["exp_avg_sq_col"], columns[torch.from_numpy(KEPT)])
+
+
 def test_settings_of_parameter_groups_stay() -> None:
     net = _net()
     optimizer = torch.optim.SGD(
@@ -141,6 +152,16 @@ def test_state_that_cannot_follow_is_refused_by_name() -> None:
     optimizer.step(loss)
     with pytest.raises(ConfigError, match="LBFGS"):
         carry_state(optimizer, reindex(net, INDICES))
+
+
+def test_state_in_a_list_is_refused_by_name_before_anything_is_changed() -> None:
+    net = _net()
+    weight = net[0].weight
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.state[weight]["factors"] = [torch.zeros(6, 6), torch.zeros(4, 4)]
+    with pytest.raises(ConfigError, match=r"SGD keeps 'factors' of 0\.weight in a list, which cannot follow"):
+        carry_state(optimizer, reindex(net, INDICES))
+    assert optimizer.param_groups[0]["params"][0] is weight
 
 
 def test_without_changes_nothing_happens() -> None:
