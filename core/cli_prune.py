@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prunus.core.settings import RunSettings
 
 _METHOD, _MODEL, _DATA, _TRAINING, _RUN = "Method", "Model", "Data", "Training", "Run"
+_RECIPE = "Training recipe (timm's names)"
 
 
 def _option(*names: str, help: str, panel: str) -> Any:
@@ -92,12 +93,18 @@ def prune(
         str | None,
         _option(
             "--data",
-            help="digits, fashion-mnist[:DIR], torch/cifar10..., a folder, or none [digits].",
+            help="digits, fashion-mnist[:DIR], a folder, torch/cifar10, wds/..., hfds/..., or none [digits].",
             panel=_DATA,
         ),
     ] = None,
     train_limit: Annotated[
         int | None, _option("--train-limit", help="Train on at most so many images.", panel=_DATA)
+    ] = None,
+    steps_per_epoch: Annotated[
+        int | None, _option("--steps-per-epoch", help="Batches in an epoch of a stream (wds/...).", panel=_DATA)
+    ] = None,
+    num_classes: Annotated[
+        int | None, _option("--num-classes", help="Classes of a stream (wds/...).", panel=_DATA)
     ] = None,
     holdout: Annotated[
         float | None, _option("--holdout", help="Share of train that is held out to judge by [0.1].", panel=_DATA)
@@ -112,7 +119,30 @@ def prune(
     ] = None,
     batch_size: Annotated[int | None, _option("--batch-size", help="Images per step.", panel=_TRAINING)] = None,
     lr: Annotated[float | None, _option("--lr", help="Peak learning rate.", panel=_TRAINING)] = None,
-    opt: Annotated[str | None, _option("--opt", help="sgd or adamw [sgd].", panel=_TRAINING)] = None,
+    opt: Annotated[
+        str | None, _option("--opt", help="sgd, adamw, or any of timm.optim: lamb... [sgd].", panel=_RECIPE)
+    ] = None,
+    sched: Annotated[
+        str | None,
+        _option("--sched", help="timm's cosine, tanh, poly or step [the method's cosine].", panel=_RECIPE),
+    ] = None,
+    decay_epochs: Annotated[
+        float | None, _option("--decay-epochs", help="Epochs between two falls of step [90].", panel=_RECIPE)
+    ] = None,
+    decay_rate: Annotated[
+        float | None, _option("--decay-rate", help="Factor of each fall of step [0.1].", panel=_RECIPE)
+    ] = None,
+    mixup: Annotated[float | None, _option("--mixup", help="alpha of mixup [0: off].", panel=_RECIPE)] = None,
+    cutmix: Annotated[float | None, _option("--cutmix", help="alpha of cutmix [0: off].", panel=_RECIPE)] = None,
+    smoothing: Annotated[
+        float | None, _option("--smoothing", help="Label smoothing in training [0].", panel=_RECIPE)
+    ] = None,
+    aa: Annotated[
+        str | None, _option("--aa", help="AutoAugment policy: rand-m9-n2-mstd0.5... [none].", panel=_RECIPE)
+    ] = None,
+    reprob: Annotated[
+        float | None, _option("--reprob", help="Probability of random erasing [0].", panel=_RECIPE)
+    ] = None,
     weight_decay: Annotated[float | None, _option("--weight-decay", help="Weight decay.", panel=_TRAINING)] = None,
     amp: Annotated[bool | None, _option("--amp/--no-amp", help="Mixed precision [off].", panel=_TRAINING)] = None,
     amp_dtype: Annotated[
@@ -127,11 +157,11 @@ def prune(
     model_ema: Annotated[
         bool | None,
         _option(
-            "--model-ema/--no-model-ema", help="Average weights; keep what is better held out.", panel=_TRAINING
+            "--model-ema/--no-model-ema", help="Average weights; keep what is better held out.", panel=_RECIPE
         ),
     ] = None,
     model_ema_decay: Annotated[
-        float | None, _option("--model-ema-decay", help="Decay of the average [0.9998].", panel=_TRAINING)
+        float | None, _option("--model-ema-decay", help="Decay of the average [0.9998].", panel=_RECIPE)
     ] = None,
     torchcompile: Annotated[
         bool | None, _option("--torchcompile/--no-torchcompile", help="Compile the model [off].", panel=_TRAINING)
@@ -208,9 +238,10 @@ _OPTIONS = {"targets": "target", "teachers": "teacher"}
 _SETTINGS = frozenset(
     {
         "plugin", "importance", "min_share", "multiple_of", "verify", "model", "pretrained", "checkpoint",
-        "img_size", "adapter", "data", "train_limit", "holdout", "workers", "epochs", "dense_epochs",
-        "batch_size", "lr", "opt", "weight_decay", "amp", "amp_dtype", "accumulate", "clip_grad", "model_ema",
-        "model_ema_decay", "torchcompile", "channels_last", "device", "threads", "seed", "track",
+        "img_size", "adapter", "data", "train_limit", "holdout", "workers", "steps_per_epoch", "num_classes",
+        "epochs", "dense_epochs", "batch_size", "lr", "opt", "weight_decay", "sched", "decay_epochs", "decay_rate",
+        "mixup", "cutmix", "smoothing", "aa", "reprob", "amp", "amp_dtype", "accumulate", "clip_grad",
+        "model_ema", "model_ema_decay", "torchcompile", "channels_last", "device", "threads", "seed", "track",
     }
 )  # fmt: skip
 _CHANGEABLE = {"workers", "threads", "track"}

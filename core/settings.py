@@ -56,14 +56,34 @@ class RunSettings(BaseModel):
     """Images per training step."""
     lr: Annotated[float, Field(gt=0, le=100)] | None = None
     """Peak learning rate."""
-    opt: Literal["sgd", "adamw"] = "sgd"
-    """Optimizer: sgd (nesterov) or adamw."""
+    opt: Text = "sgd"
+    """Optimizer: sgd (nesterov), adamw, or another name that timm knows: lamb, nadamw, lion, ..."""
+    sched: Literal["cosine", "tanh", "poly", "step"] | None = None
+    """timm's scheduler for the learning rate of trainings that come to an end; none: the method's cosine."""
+    decay_epochs: Annotated[float, Field(gt=0, le=100_000)] = 90.0
+    """Scheduler step: epochs between two falls."""
+    decay_rate: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """Scheduler step: factor of each fall; poly: its exponent."""
+    mixup: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """alpha of mixup: training images are blended in pairs; 0: they are not."""
+    cutmix: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """alpha of cutmix: a part of a training image comes from another; 0: it does not."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing in training."""
+    aa: Text | None = None
+    """Augmentation policy in timm's notation: rand-m9-n2-mstd0.5 (RandAugment), augmix-m5-w4-d2, original, ..."""
+    reprob: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability of random erasing."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
     """Weight decay."""
     img_size: Annotated[int, Field(ge=1, le=8192)] | None = None
     """Side of the square input image, in pixels."""
     train_limit: Annotated[int, Field(ge=1)] | None = None
     """Train on at most so many images (stratified, seeded)."""
+    steps_per_epoch: Annotated[int, Field(ge=1)] | None = None
+    """Batches that make an epoch of a stream (wds/...) that does not say how long it is."""
+    num_classes: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
+    """Classes of a stream (wds/...), which cannot be looked up in it."""
     holdout: Annotated[float, Field(gt=0, lt=0.9)] = 0.1
     """Share of train that is held out to judge by."""
 

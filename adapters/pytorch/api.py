@@ -112,6 +112,7 @@ def session_of(
     name = f"object:{type(model).__module__}.{type(model).__qualname__}"
     settings = filled(settings.model_copy(update={"model": name}))
     bundle = None
+    _refuse_what_own_data_decides(settings)
     if train_data is not None:
         bundle = bundle_of(train_data, test_data, holdout=settings.holdout, batch_size=settings.batch_size)
         if holdout_data is not None:
@@ -119,14 +120,28 @@ def session_of(
             bundle = replace(bundle, holdout=judged.test)
     own = model if in_place else copy.deepcopy(model)
     fresh = copy.deepcopy(model)
-    built = BuiltModel(
-        own, ModelSource(name=name), inputs, trained, bundle.classes if bundle is not None else None
-    )
-    session = PyTorchSession(settings, built, bundle, lambda source: copy.deepcopy(fresh))
     outputs = output_classes(copy.deepcopy(fresh), inputs.args) if bundle is not None else None
+    built = BuiltModel(own, ModelSource(name=name), inputs, trained, outputs)
+    session = PyTorchSession(settings, built, bundle, lambda source: copy.deepcopy(fresh))
     if bundle is not None and outputs is not None and outputs < bundle.classes:
         raise LoadError(f"train_data has a class {bundle.classes - 1}, the model knows 0..{outputs - 1}")
     return session
+
+
+def _refuse_what_own_data_decides(settings: RunSettings) -> None:
+    augmented, counted = "put timm's create_transform into it", "give the part of it that you want"
+    for key, instead in {
+        "aa": augmented,
+        "reprob": augmented,
+        "steps_per_epoch": counted,
+        "train_limit": counted,
+        "num_classes": "its labels say it",
+    }.items():
+        value = getattr(settings, key)
+        if value:
+            raise ConfigError(
+                f"{key} is for data that has a name, got {value!r}; for a data set of your own: {instead}", key=key
+            )
 
 
 def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certified: bool = True) -> ChannelGraph:

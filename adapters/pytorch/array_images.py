@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchvision.transforms.functional import to_pil_image
 
-from prunus.adapters.pytorch.batches import Batch, check_divisible, share_of, take_part
+from prunus.adapters.pytorch.augmentation import Augmentation, Transform, pil_mode
+from prunus.adapters.pytorch.batches import Batch, share_of, share_positions, take_part
 from prunus.adapters.pytorch.inputs import InputSpec
+from prunus.adapters.pytorch.random_state import seeded
 from prunus.core.cost import IntArray
 from prunus.core.errors import LoadError
 
@@ -84,13 +87,25 @@ class ArrayBatches:
 
 
 class ArrayTrainBatches:
-    """Every image shifted by up to an eighth of its side, and mirrored by a coin where that makes sense."""
+    """Every image shifted by up to an eighth of its side, and mirrored by a coin where that makes sense.
 
-    def __init__(self, data: ArrayImages, spec: InputSpec, batch_size: int, flip: bool, shift: int) -> None:
+    What else `augmentation` says is done to each image on its own, after that.
+    """
+
+    def __init__(
+        self,
+        data: ArrayImages,
+        spec: InputSpec,
+        batch_size: int,
+        flip: bool,
+        shift: int,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         self._data, self._spec, self._batch_size, self._flip = data, spec, batch_size, flip
         self._shift = shift
         self._padded = functional.pad(data.images, (shift,) * 4)
-        self._share = slice(None)
+        self._share = share_positions(batch_size, 0, 1)
+        self._more = augmentation.in_place(spec) if augmentation else None
 
     @property
     def samples(self) -> int:
@@ -106,12 +121,16 @@ class ArrayTrainBatches:
         for step in range(self.steps):
             index = torch.from_numpy(order[step * self._batch_size : (step + 1) * self._batch_size])
             images = self._augmented(index, rng)[self._share]
-            yield normalised(images, self._spec), self._data.labels[index[self._share]]
+            labels = self._data.labels[index[self._share]]
+            if self._more is None:
+                yield normalised(images, self._spec), labels
+            else:
+                seeds = rng.integers(0, 2**31, self._batch_size)[self._share]
+                yield _transformed(images, self._more, pil_mode(self._spec), seeds), labels
 
     def share(self, rank: int, count: int) -> ArrayTrainBatches:
-        check_divisible(self._batch_size, count)
         shared = copy.copy(self)
-        shared._share = slice(rank, None, count)
+        shared._share = share_positions(self._batch_size, rank, count)
         return shared
 
     def _augmented(self, index: Tensor, rng: np.random.Generator) -> Tensor:
@@ -125,3 +144,12 @@ class ArrayTrainBatches:
         # advanced indices on both sides of the channel slice put the channels last
         picked = self._padded[index[:, None, None], :, rows[:, :, None], columns[:, None, :]]
         return picked.permute(0, 3, 1, 2)
+
+
+def _transformed(images: Tensor, transform: Transform, mode: str, seeds: IntArray) -> Tensor:
+    """uint8 (B, C, H, W), each transformed with random numbers of its own."""
+    done = []
+    for image, seed in zip(images, seeds, strict=True):
+        with seeded(int(seed)):
+            done.append(transform(to_pil_image(image).convert(mode)))
+    return torch.stack(done)

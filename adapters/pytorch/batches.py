@@ -50,7 +50,7 @@ class TrainBatches(Protocol):
         ...
 
     def share(self, rank: int, count: int) -> TrainBatches:
-        """Every `count`-th image of each of these batches, from the `rank`-th on; as many batches.
+        """The `rank`-th of `count` equal shares of each of these batches; as many batches.
 
         Raises ConfigError if the batches cannot be divided into equal shares.
         """
@@ -86,14 +86,22 @@ def share_of(order: IntArray, batch_size: int, rank: int, count: int) -> IntArra
     return order[np.arange(len(order)) // batch_size % count == rank]
 
 
-def check_divisible(batch_size: int, count: int) -> None:
-    """Raises ConfigError if `count` processes cannot take equal shares of a batch."""
+def share_positions(batch_size: int, rank: int, count: int) -> IntArray:
+    """Which images of a training batch process `rank` of `count` takes.
+
+    Images i and -1 - i, which mixup mixes, go to the same process where shares of whole pairs come out equal.
+    Raises ConfigError if the shares cannot be equal.
+    """
     if batch_size % count:
         raise ConfigError(
             f"--batch-size {batch_size} counts the images of all processes together and cannot be shared equally "
             f"by {count}; give a multiple of {count}",
             key="batch_size",
         )
+    positions = np.arange(batch_size)
+    if batch_size % (2 * count):
+        return positions[rank::count]
+    return positions[np.minimum(positions, positions[::-1]) % count == rank]
 
 
 def stratified_split(labels: Sequence[int] | IntArray, share: float, seed: int) -> tuple[IntArray, IntArray]:
@@ -127,7 +135,7 @@ def stratified_subset(labels: Sequence[int] | IntArray, count: int, seed: int) -
         raise LoadError(f"{count} training images are too few for {len(classes)} classes; give 2 of each")
     exact = sizes * count / len(values)
     wanted = np.clip(np.floor(exact).astype(np.int64), np.minimum(2, sizes), sizes)
-    for i in np.argsort(np.floor(exact) - exact, kind="stable"):
+    for i in np.argsort(wanted - exact, kind="stable"):
         if wanted.sum() < count and wanted[i] < sizes[i]:
             wanted[i] += 1
     while wanted.sum() > count:  # two of a rare class are more than its share

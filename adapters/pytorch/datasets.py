@@ -1,4 +1,5 @@
-"""Data by the names that users type: `digits`, `fashion-mnist[:DIR]`, `torch/cifar10[:DIR]`, a folder, `none`.
+"""Data by the names that users type: `digits`, `fashion-mnist[:DIR]`, a folder, `none`, and what timm reads:
+`torch/cifar10[:DIR]`, `wds/NAME:DIR`, `hfds/NAME`.
 
 The test part and the held-out part are fixed by `SPLIT_SEED`, not by the run's seed: a dense model that was
 trained by one run never meets, in another, images it was trained on.
@@ -11,7 +12,8 @@ import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ import torch
 from timm.data import ImageDataset, create_dataset, get_img_extensions
 
 from prunus.adapters.pytorch.array_images import ArrayBatches, ArrayImages, ArrayTrainBatches
+from prunus.adapters.pytorch.augmentation import Augmentation, plain_transform
 from prunus.adapters.pytorch.batches import DataBundle, stratified_split, stratified_subset
 from prunus.adapters.pytorch.broken_images import BrokenImages
 from prunus.adapters.pytorch.file_images import FileBatches, FileImages, FileTrainBatches, LoaderSettings
 from prunus.adapters.pytorch.inputs import ImageFacts, InputSpec
+from prunus.adapters.pytorch.shards import ShardBatches, ShardFolder, Shards, ShardTrainBatches
 from prunus.core.cost import IntArray
-from prunus.core.errors import LoadError
+from prunus.core.errors import ConfigError, LoadError, MissingDependencyError
 
 SPLIT_SEED = 0
 FASHION_FOLDERS = (
@@ -48,6 +52,9 @@ class LoadOptions:
     """At most so many images of train, hold-out included, each class with its share."""
     workers: int = 2
     """Processes that decode files; images held in memory need none."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    steps_per_epoch: int | None = None
+    """Of a stream that does not say how long it is."""
 
 
 class DataSource(ABC):
@@ -67,9 +74,16 @@ class DataSource(ABC):
         """Split and served as the model wants it. Raises LoadError."""
 
 
-def open_data(name: str) -> DataSource | None:
-    """Finds the data set of that name; None for `none`. Raises LoadError if there is none, or a broken one."""
+def open_data(name: str, num_classes: int | None = None) -> DataSource | None:
+    """Finds the data set of that name; None for `none`. Raises LoadError if there is none, or a broken one.
+
+    `num_classes` is for a stream, of which nobody else knows; ConfigError if it is given or missing wrongly.
+    """
     kind, _, folder = name.partition(":")
+    if kind.startswith("wds/"):
+        return ShardSource(name, Path(folder), num_classes)
+    if num_classes is not None:
+        raise ConfigError(f"--num-classes is for streams (wds/...); {name} says it itself", key="num_classes")
     if kind == "none":
         return None
     if kind == "digits":
@@ -78,17 +92,23 @@ def open_data(name: str) -> DataSource | None:
         return _fashion_mnist(Path(folder) if folder else None)
     if Path(name).is_dir():
         return _folder(Path(name))
-    if "/" in kind and kind.split("/")[0] in ("torch", "hfds", "hfids", "tfds", "wds"):
+    if "/" in kind and kind.split("/")[0] in ("torch", "hfds", "hfids", "tfds"):
         return _timm_dataset(kind, folder)
     raise LoadError(
-        f"no data at {name!r}; give digits, fashion-mnist[:DIR], torch/NAME[:DIR], "
+        f"no data at {name!r}; give digits, fashion-mnist[:DIR], torch/NAME[:DIR], wds/NAME:DIR, hfds/NAME, "
         "a folder with train/ and val/, or none"
     )
 
 
 def load_data(source: DataSource, spec: InputSpec, options: LoadOptions | None = None) -> DataBundle:
-    """The bundle of `source` for a model that wants `spec`. Raises LoadError."""
-    return source.load(spec, options or LoadOptions())
+    """The bundle of `source` for a model that wants `spec`. Raises LoadError, ConfigError."""
+    options = options or LoadOptions()
+    if options.steps_per_epoch is not None and not isinstance(source, ShardSource):
+        raise ConfigError(
+            f"--steps-per-epoch is for streams (wds/...); the images of {source.name} are counted",
+            key="steps_per_epoch",
+        )
+    return source.load(spec, options)
 
 
 class ArraySource(DataSource):
@@ -113,7 +133,7 @@ class ArraySource(DataSource):
         shift = max(1, round(min(spec.size[1:]) / 14))
         size = options.batch_size
         return DataBundle(
-            train=ArrayTrainBatches(train, spec, size, flip, shift),
+            train=ArrayTrainBatches(train, spec, size, flip, shift, options.augmentation),
             holdout=ArrayBatches(aside, np.arange(len(held)), spec, size),
             calibration=ArrayBatches(train, order, spec, size),
             test=ArrayBatches(test, np.arange(len(test.labels)), spec, size),
@@ -138,11 +158,12 @@ class FileSource(DataSource):
     def load(self, spec: InputSpec, options: LoadOptions) -> DataBundle:
         fitting, held, order = _split(self._labels, self.name, options)
         settings = LoaderSettings(options.batch_size, options.workers)
-        plain = FileImages(self.train, spec, training=False)
-        test = FileImages(self.test, spec, training=False)
+        plain = FileImages(self.train, spec, training=None)
+        test = FileImages(self.test, spec, training=None)
+        train = FileImages(self.train, spec, options.augmentation)
         broken = BrokenImages()
         return DataBundle(
-            train=FileTrainBatches(FileImages(self.train, spec, training=True), fitting, settings, broken),
+            train=FileTrainBatches(train, fitting, settings, broken),
             holdout=FileBatches(plain, held, settings, broken),
             calibration=FileBatches(plain, fitting[order], settings, broken),
             test=FileBatches(test, np.arange(len(test)), settings, broken),
@@ -150,6 +171,60 @@ class FileSource(DataSource):
             class_names=self.class_names,
             in_chans=self.in_chans,
             broken=broken,
+        )
+
+
+class ShardSource(DataSource):
+    """A stream of images in tar files."""
+
+    in_chans = 3
+    image = ImageFacts()
+
+    def __init__(self, name: str, folder: Path, num_classes: int | None) -> None:
+        if ":" not in name or not folder.is_dir():
+            what = f"no folder {str(folder)!r}" if ":" in name else f"{name} names no folder"
+            raise LoadError(f"{what}; give the folder of the shards: wds/NAME:DIR")
+        if num_classes is None:
+            raise ConfigError(
+                f"how many classes {name} has cannot be looked up in a stream; pass --num-classes",
+                key="num_classes",
+            )
+        self.name, self.class_names = name, tuple(str(i) for i in range(num_classes))
+        self._folder = ShardFolder(folder, num_classes)
+
+    def load(self, spec: InputSpec, options: LoadOptions) -> DataBundle:
+        if options.train_limit is not None:
+            raise ConfigError(
+                f"{self.name} is a stream: --steps-per-epoch limits it, not --train-limit", key="train_limit"
+            )
+        train, held = (shards.suiting(spec) for shards in self._folder.parts(options.holdout))
+        size, workers, plain = options.batch_size, options.workers, plain_transform(spec)
+        told = self._folder.announced(train)
+        steps = options.steps_per_epoch or (told or 0) // size
+        if not steps:
+            raise ConfigError(
+                f"{self.name} does not say how many images it has; pass --steps-per-epoch"
+                if told is None
+                else f"{self.name} has {told} training images, fewer than one batch of {size}; "
+                "pass a smaller --batch-size",
+                key="steps_per_epoch" if told is None else "batch_size",
+            )
+
+        def in_order(shards: Shards) -> ShardBatches:
+            count = self._folder.announced(shards) or shards.count()
+            if not count:
+                raise LoadError(f"{self.name}: no image in {', '.join(shards.files)}")
+            return ShardBatches(shards, np.arange(count), plain, size, workers)
+
+        calibration = np.arange(steps * size), plain, size, workers, (SPLIT_SEED, steps * size)
+        return DataBundle(
+            train=ShardTrainBatches(train, steps, options.augmentation.transform(spec), size, workers),
+            holdout=in_order(held),
+            calibration=ShardBatches(train, *calibration),
+            test=in_order(self._folder.test.suiting(spec)),
+            classes=self.classes,
+            class_names=self.class_names,
+            in_chans=self.in_chans,
         )
 
 
@@ -255,22 +330,38 @@ def _class_folders(part: Path) -> tuple[str, ...]:
 
 
 def _timm_dataset(name: str, folder: str) -> DataSource:
-    parts = []
-    for split in ("train", "validation"):
-        try:
-            parts.append(create_dataset(name, root=folder or "data", split=split, download=False))
-        except Exception as error:  # every reader fails in a way of its own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            raise LoadError(f"data set {name} ({split}) is not in {folder or 'data'}: {reason}") from None
-    train, test = parts
+    hugging_face = name.startswith("hfds/")
+    if hugging_face and find_spec("datasets") is None:
+        raise MissingDependencyError("--data hfds/...", "pip install 'prunus[hfds]'")
+    root = folder or (None if hugging_face else "data")
+    train = _of_timm(name, root, ("train",))
+    test = _of_timm(name, root, ("validation", "test") if hugging_face else ("validation",))
+    parts = [train, test]
     if not hasattr(train, "__getitem__") or not hasattr(train, "__len__"):
-        raise LoadError(f"{name} is a stream; a held-out part needs a data set whose images can be counted")
+        raise LoadError(
+            f"{name} is a stream of which no part can be held out; use wds/NAME:DIR, or hfds/NAME, whose images "
+            "are counted"
+        )
     labels = _labels_of(train, name)
-    classes = getattr(train, "classes", None) or [str(i) for i in range(int(labels.max()) + 1)]
+    mapping = getattr(getattr(train, "reader", None), "class_to_idx", None) or {}
+    classes = getattr(train, "classes", None) or sorted(mapping, key=lambda known: mapping[known])
+    classes = classes or [str(i) for i in range(int(labels.max()) + 1)]
     arrays = [_as_array(part, name) for part in parts]
     if arrays[0] is not None and arrays[1] is not None:
         return ArraySource(name, arrays[0], arrays[1], [str(c) for c in classes])
     return FileSource(name, train, test, [str(c) for c in classes])
+
+
+def _of_timm(name: str, root: str | None, splits: Sequence[str]) -> Any:
+    """The first of `splits` that there is."""
+    reasons = []
+    for split in splits:
+        try:
+            return create_dataset(name, root=root, split=split, download=False)
+        except Exception as error:  # every reader fails in a way of its own
+            reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
+    place = f" in {root}" if root is not None else ""
+    raise LoadError(f"data set {name} ({splits[0]}) is not{place}: {reasons[0]}")
 
 
 def _as_array(dataset: Any, name: str) -> ArrayImages | None:
@@ -296,6 +387,8 @@ def _labels_of(dataset: Any, name: str) -> IntArray:
     samples = getattr(reader, "samples", None) or getattr(dataset, "samples", None)
     if samples is not None and len(samples[0]) == 2:
         return np.array([label for _, label in samples], dtype=np.int64)
+    if reader is not None and hasattr(reader, "iter_targets"):
+        return np.fromiter(reader.iter_targets(), dtype=np.int64)
     for attribute in ("targets", "labels", "_labels"):
         labels = getattr(dataset, attribute, None)
         if labels is not None and len(labels) == len(dataset):

@@ -23,6 +23,8 @@ class Recipe:
 DIGITS = Recipe("timm/test_resnet", epochs=10, dense_epochs=20, batch_size=64, lr=0.2)
 SMALL_IMAGES = Recipe("prunus/resnet20", epochs=6, dense_epochs=10, batch_size=128, lr=0.15)
 IMAGES = Recipe("timm/resnet18", epochs=10, dense_epochs=90, batch_size=64, lr=0.05)
+_SGD = ("sgd", "momentum", "nesterov", "sgdw", "sgdp")
+"""Optimizers that want rates of another order than Adam and its kin."""
 
 
 def recipe_for(data: str) -> Recipe:
@@ -42,8 +44,8 @@ def filled(settings: RunSettings) -> RunSettings:
         "epochs": recipe.epochs if settings.data != "none" else 0.0,
         "dense_epochs": recipe.dense_epochs if settings.data != "none" else 0.0,
         "batch_size": recipe.batch_size,
-        "lr": recipe.lr if settings.opt == "sgd" else 1e-3,
-        "weight_decay": 5e-4 if settings.opt == "sgd" else 0.05,
+        "lr": recipe.lr if settings.opt in _SGD else 1e-3,
+        "weight_decay": 5e-4 if settings.opt in _SGD else 0.05,
     }
     update = {name: value for name, value in chosen.items() if getattr(settings, name) is None}
     return settings.model_copy(update=update)

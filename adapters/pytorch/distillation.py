@@ -47,7 +47,10 @@ def _described(output: Any) -> str:
 
 
 def classification_loss(output: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy; auxiliary classifiers, which answer in training mode beside the main one, count 0.4 each."""
+    """Cross-entropy; auxiliary classifiers, which answer in training mode beside the main one, count 0.4 each.
+
+    labels: (batch,) classes, or (batch, classes) shares of each.
+    """
     loss = functional.cross_entropy(logits_of(output).float(), labels)
     if isinstance(output, tuple):
         for extra in output[1:]:
@@ -67,7 +70,8 @@ def teacher_weights(logits: Tensor, labels: Tensor, per_sample: bool) -> Tensor:
     count, batch = logits.shape[:2]
     if not per_sample or count == 1:
         return logits.new_full((count, batch), 1 / count)
-    errors = functional.cross_entropy(logits.flatten(0, 1), labels.repeat(count), reduction="none")
+    repeated = torch.cat([labels] * count)  # classes, or shares of each
+    errors = functional.cross_entropy(logits.flatten(0, 1), repeated, reduction="none")
     return torch.softmax(-errors.view(count, batch) / _TRUST, dim=0)
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prunus.adapters.pytorch.batches import Batch, check_divisible, share_of, take_part
+from prunus.adapters.pytorch.augmentation import Augmentation, pil_mode, plain_transform
+from prunus.adapters.pytorch.batches import Batch, share_of, share_positions, take_part
 from prunus.adapters.pytorch.broken_images import BrokenImages
 from prunus.adapters.pytorch.inputs import InputSpec
+from prunus.adapters.pytorch.random_state import seeded
 from prunus.core.cost import IntArray
 from prunus.core.errors import LoadError
 
@@ -41,36 +40,14 @@ class LoaderSettings:
     workers: int
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Every source of random numbers starts from `seed` in the block, and goes on afterwards as if nothing was."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
 class FileImages(Dataset[Sample]):
     """Answers tickets: the augmentation of an image depends on its ticket alone, not on the worker."""
 
-    def __init__(self, images: Any, spec: InputSpec, training: bool) -> None:
-        """`images[i]` gives (PIL image, label)."""
+    def __init__(self, images: Any, spec: InputSpec, training: Augmentation | None) -> None:
+        """`images[i]` gives (PIL image, label). `training`: what is done in training; None: to evaluate."""
         self._images = images
-        self._mode = "L" if spec.size[0] == 1 else "RGB"
-        self._transform = create_transform(
-            spec.size,
-            is_training=training,
-            mean=spec.mean,
-            std=spec.std,
-            interpolation=spec.interpolation,
-            crop_pct=spec.crop,
-        )
+        self._mode = pil_mode(spec)
+        self._transform = plain_transform(spec) if training is None else training.transform(spec)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -156,7 +133,7 @@ class FileTrainBatches:
     ) -> None:
         self._data, self._indices, self._settings = data, indices, settings
         self._broken = broken or BrokenImages()
-        self._share = slice(None)
+        self._share = share_positions(settings.batch_size, 0, 1)
 
     @property
     def samples(self) -> int:
@@ -172,14 +149,13 @@ class FileTrainBatches:
         seeds = rng.integers(0, 2**31, len(order))
         tickets = [(int(i), int(s)) for i, s in zip(order, seeds, strict=True)]
         size = self._settings.batch_size
-        batches = [tickets[i * size : (i + 1) * size][self._share] for i in range(self.steps)]
+        batches = [[tickets[i * size + at] for at in self._share] for i in range(self.steps)]
         for images, labels, _ in _load(self._data, batches, self._settings, self._broken):
             yield images, labels
 
     def share(self, rank: int, count: int) -> FileTrainBatches:
-        check_divisible(self._settings.batch_size, count)
         shared = copy.copy(self)
-        shared._share = slice(rank, None, count)
+        shared._share = share_positions(self._settings.batch_size, rank, count)
         return shared
 
 
@@ -198,5 +174,10 @@ def _load(
             for problem in problems:
                 broken.meet(problem)
             yield images, labels.long(), problems
-    except LoadError as error:  # from a worker it comes with that process's traceback around it
-        raise LoadError(str(error).strip().splitlines()[-1].removeprefix(_RAISED)) from None
+    except LoadError as error:
+        raise from_worker(error) from None
+
+
+def from_worker(error: LoadError) -> LoadError:
+    """`error` alone: from a worker it comes with that process's traceback around it."""
+    return LoadError(str(error).strip().splitlines()[-1].removeprefix(_RAISED))

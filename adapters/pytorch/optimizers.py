@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
+from prunus.adapters.pytorch.mixing import Mixing
+from prunus.adapters.pytorch.optimizer_state import carry_state
+from prunus.adapters.pytorch.random_state import seeded
+from prunus.adapters.pytorch.schedule import Schedule
+from prunus.adapters.pytorch.surgery import reindex
 from prunus.core.errors import ConfigError
 
-OptimizerName = Literal["sgd", "adamw"]
 Amp = Literal["off", "bf16", "fp16", "auto"]
 FIRST_SCALE = 2.0**13
 """Of losses in float16: large enough for small gradients, and few steps are lost where it is too large."""
@@ -24,7 +31,8 @@ class TrainingSettings:
 
     lr: float = 0.1
     """Peak learning rate where a directive names none."""
-    optimizer: OptimizerName = "sgd"
+    optimizer: str = "sgd"
+    """sgd, adamw, or any name that timm knows; see `check_optimizer`."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     """Of weights with two axes or more; norms and biases do not decay."""
@@ -40,9 +48,11 @@ class TrainingSettings:
     """Compile the model for training, where that can be done."""
     average: float | None = None
     """Decay of a moving average of the weights; see `settled_average`."""
+    mixing: Mixing = field(default_factory=Mixing)
+    schedule: Schedule = field(default_factory=Schedule)
 
     def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        """SGD with Nesterov's momentum, or AdamW, over the parameters that train."""
+        """SGD with Nesterov's momentum, AdamW, or one of timm's, over the parameters that train."""
         trained = [p for p in module.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
@@ -53,7 +63,42 @@ class TrainingSettings:
             raise ConfigError("the model has no parameter that trains")
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=self.lr)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+        return create_optimizer_v2(groups, self.optimizer, lr=self.lr, momentum=self.momentum)
+
+    def check_optimizer(self) -> None:
+        """Raises ConfigError if there is no such optimizer, or none whose state can follow removals."""
+        if self.optimizer not in list_optimizers():
+            near = difflib.get_close_matches(self.optimizer, list_optimizers(), n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "it knows sgd, adamw, lamb, nadamw, lion, ..."
+            raise ConfigError(f"timm knows no optimizer {self.optimizer!r}; {hint}", key="opt")
+        try:
+            with seeded(0):  # a trial must not draw from the run's random numbers
+                self._try_a_removal()
+        except Exception as error:  # each optimizer fails in a way of its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise ConfigError(
+                f"--opt {self.optimizer} cannot be used here: its trial with a removal failed ({reason}); "
+                "take sgd, adamw, lamb, nadamw, lion, ...",
+                key="opt",
+            ) from None
+
+    def _try_a_removal(self) -> None:
+        """Two steps with a removal between, down to sizes for which Adafactor and its kin no longer factor."""
+        trial = nn.ModuleDict({"conv": nn.Conv2d(36, 40, 3), "square": nn.Linear(36, 36)})
+        optimizer = self.make_optimizer(trial)
+        self._step(optimizer)
+        kept = np.arange(0, 36, 3)
+        carry_state(optimizer, reindex(trial, {("conv.weight", 0): kept, ("square.weight", 1): kept}))
+        self._step(optimizer)
+
+    @staticmethod
+    def _step(optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Where the forward pass happens."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from prunus.adapters.pytorch.adapter import AdapterSettings, PyTorchAdapter
 from prunus.adapters.pytorch.artifact import PLAN_FILE, assemble, load, read_plan, save_artifact
+from prunus.adapters.pytorch.augmentation import Augmentation
 from prunus.adapters.pytorch.batches import DataBundle
 from prunus.adapters.pytorch.catalog import BuiltModel, build, construct
 from prunus.adapters.pytorch.datasets import DataSource, LoadOptions, load_data, open_data
@@ -24,9 +25,11 @@ from prunus.adapters.pytorch.export import EXPORTS
 from prunus.adapters.pytorch.hub import push_folder, write_folder
 from prunus.adapters.pytorch.latency import measure_pair
 from prunus.adapters.pytorch.latency_table import latency, latency_table
+from prunus.adapters.pytorch.mixing import Mixing
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.adapters.pytorch.processes import ALONE, Processes, SeveralProcesses, join
 from prunus.adapters.pytorch.run_state import Remembered
+from prunus.adapters.pytorch.schedule import Schedule
 from prunus.adapters.pytorch.shrinking_model import Origin
 from prunus.adapters.pytorch.trackers import open_trackers
 from prunus.core.adapter import Description
@@ -84,6 +87,9 @@ class PyTorchSession:
     def _adapter_settings(self) -> AdapterSettings:
         settings = self.settings
         assert settings.lr is not None and settings.weight_decay is not None
+        mixing = Mixing(settings.mixup, settings.cutmix, settings.smoothing, self._built.classes or 0)
+        if self._bundle is not None:
+            mixing.check(settings.batch_size or 1, self._processes.place.count)
         training = TrainingSettings(
             lr=settings.lr,
             optimizer=settings.opt,
@@ -95,7 +101,10 @@ class PyTorchSession:
             accumulate=settings.accumulate,
             compile=settings.torchcompile,
             average=settings.model_ema_decay if settings.model_ema else None,
+            mixing=mixing,
+            schedule=Schedule(settings.sched, settings.decay_epochs, settings.decay_rate),
         )
+        training.check_optimizer()
         return AdapterSettings(training, settings.seed, settings.min_share, settings.multiple_of, settings.verify)
 
     def _remember_teacher(self, index: int, name: str) -> str:
@@ -254,7 +263,7 @@ def open_session(settings: RunSettings) -> PyTorchSession:
     if isinstance(processes, SeveralProcesses):
         told = settings.model_dump(mode="json", exclude={"workers", "threads", "trust"})
         processes.check_same("command", digest(told))
-    found = open_data(settings.data)
+    found = open_data(settings.data, settings.num_classes)
     built = _build(settings, found)
 
     def original(source: ModelSource) -> nn.Module:
@@ -284,7 +293,14 @@ def _bundle(settings: RunSettings, found: DataSource | None, built: BuiltModel) 
     if found is None:
         return None
     assert settings.batch_size is not None
-    options = LoadOptions(settings.batch_size, settings.holdout, settings.train_limit, settings.workers)
+    options = LoadOptions(
+        settings.batch_size,
+        settings.holdout,
+        settings.train_limit,
+        settings.workers,
+        Augmentation(settings.aa, settings.reprob),
+        settings.steps_per_epoch,
+    )
     return load_data(found, built.input, options)
 
 

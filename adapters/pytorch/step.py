@@ -73,7 +73,10 @@ class Stepper:
         self._scaler = settings.make_scaler()
 
     def passes(self, images: Tensor, labels: Tensor) -> Stepped:
-        """Gradients of the mean loss of all processes' images, of the weights without gates; clipped."""
+        """Gradients of the mean loss of all processes' images, of the weights without gates; clipped.
+
+        labels: (batch,) classes, or (batch, classes) shares of each.
+        """
         self._optimizer.zero_grad(set_to_none=True)
         parts = max(min(self._settings.accumulate, len(labels)), 1)
         loss, right = images.new_zeros(()), images.new_zeros(())
@@ -88,7 +91,7 @@ class Stepper:
             else:
                 part_loss, logits = self._pass(batch, weight)
             loss += part_loss * weight
-            right += (logits.argmax(1) == batch[1]).sum()
+            right += (logits.argmax(1) == _foremost(batch[1])).sum()
         if self._hook is not None:
             self._hook.after_backward()
         both = self._processes.mean(torch.stack([loss, right]))
@@ -133,6 +136,10 @@ class Stepper:
         if self._settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._settings.clip, norm)
         return True
+
+
+def _foremost(labels: Tensor) -> Tensor:
+    return labels if labels.ndim == 1 else labels.argmax(1)
 
 
 def _answer(network: Any, images: Tensor) -> Any:

@@ -20,7 +20,7 @@ from prunus.adapters.pytorch.distillation import Teacher
 from prunus.adapters.pytorch.evaluation import evaluating
 from prunus.adapters.pytorch.optimizers import TrainingSettings, channels_last
 from prunus.adapters.pytorch.processes import ALONE, Processes
-from prunus.adapters.pytorch.schedule import Epoch, epoch_seed, epochs_of, learning_rate, total_steps
+from prunus.adapters.pytorch.schedule import Epoch, epoch_seed, epochs_of, total_steps
 from prunus.adapters.pytorch.step import StepHook, Stepper
 from prunus.core.directives import Train, Trained
 from prunus.core.errors import TrainingError
@@ -145,12 +145,13 @@ class Trainer:
         )
         buffers = {name: value.clone() for name, value in module.named_buffers()}
         tally = _Tally()
+        rates = self.settings.schedule.rates(job.directive, self._peak(job.directive), total, self.batches.steps)
         for position, batch in zip(range(epoch.steps), self.batches.epoch(seed), strict=False):
             step = epoch.first + position
-            rate = learning_rate(job.directive, self._peak(job.directive), step, total)
+            rate = rates(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            images, labels = self._on_device(batch)
+            images, labels = self.settings.mixing.apply(self._on_device(batch), seed + 1 + position)
             stepped = stepper.passes(images, labels)
             if not stepped.finite:
                 _put_back(module, buffers)

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prunus.adapters.pytorch.batches import DataBundle, stratified_split
-from prunus.adapters.pytorch.file_images import FileBatches, FileTrainBatches, LoaderSettings, Sample, seeded
+from prunus.adapters.pytorch.file_images import FileBatches, FileTrainBatches, LoaderSettings, Sample
 from prunus.adapters.pytorch.inputs import InputSpec
+from prunus.adapters.pytorch.random_state import seeded
 from prunus.core.cost import IntArray
 from prunus.core.errors import ConfigError, LoadError
 

@@ -109,7 +109,7 @@ def test_an_unknown_run_setting_is_answered_with_the_nearest() -> None:
         ({"epochs": -1}, "epochs: .*greater than or equal to 0"),
         ({"lr": 0}, "lr: .*greater than 0"),
         ({"batch_size": 1.5}, "batch_size: "),
-        ({"opt": "adam"}, "'sgd' or 'adamw'"),
+        ({"sched": "sine"}, "'cosine', 'tanh', 'poly' or 'step'"),
         ({"seed": -1}, "seed: "),
         ({"holdout": 1.0}, "holdout: "),
     ],
