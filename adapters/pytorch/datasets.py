@@ -62,7 +62,9 @@ class DataSource(ABC):
 
     name: str
     class_names: tuple[str, ...]
-    in_chans: int
+    """Empty where images have no labels."""
+    in_chans: int | None
+    """None: as many as the model wants."""
     image: ImageFacts
 
     @property
@@ -88,6 +90,10 @@ def open_data(name: str, num_classes: int | None = None) -> DataSource | None:
         return None
     if kind == "digits":
         return _digits()
+    if name.startswith("images:"):
+        from prunus.adapters.pytorch.unlabelled import UnlabelledImages  # is a DataSource itself
+
+        return UnlabelledImages(Path(folder))
     if kind == "fashion-mnist":
         return _fashion_mnist(Path(folder) if folder else None)
     if Path(name).is_dir():
@@ -96,7 +102,7 @@ def open_data(name: str, num_classes: int | None = None) -> DataSource | None:
         return _timm_dataset(kind, folder)
     raise LoadError(
         f"no data at {name!r}; give digits, fashion-mnist[:DIR], torch/NAME[:DIR], wds/NAME:DIR, hfds/NAME, "
-        "a folder with train/ and val/, or none"
+        "a folder with train/ and val/, images:DIR without labels, or none"
     )
 
 
@@ -303,7 +309,10 @@ def _folder(root: Path) -> DataSource:
     train = root / "train"
     test = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
     if not train.is_dir() or test is None:
-        raise LoadError(f"{root} must hold the folders train/ and val/, each with one folder per class")
+        raise LoadError(
+            f"{root} must hold the folders train/ and val/, each with one folder per class; "
+            f"images without labels are given as images:{root}"
+        )
     names = {part: _class_folders(part) for part in (train, test)}
     if names[train] != names[test]:
         odd = sorted(set(names[train]) ^ set(names[test]))
@@ -333,6 +342,9 @@ def _timm_dataset(name: str, folder: str) -> DataSource:
     hugging_face = name.startswith("hfds/")
     if hugging_face and find_spec("datasets") is None:
         raise MissingDependencyError("--data hfds/...", "pip install 'prunus[hfds]'")
+    local = name.removeprefix("hfds/")
+    if hugging_face and local.startswith((".", "/", "~")) and not Path(local).is_dir():
+        raise LoadError(f"no folder {local!r}; give hfds/FOLDER, or hfds/NAME of a data set on the hub")
     root = folder or (None if hugging_face else "data")
     train = _of_timm(name, root, ("train",))
     test = _of_timm(name, root, ("validation", "test") if hugging_face else ("validation",))
@@ -360,8 +372,8 @@ def _of_timm(name: str, root: str | None, splits: Sequence[str]) -> Any:
             return create_dataset(name, root=root, split=split, download=False)
         except Exception as error:  # every reader fails in a way of its own
             reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
-    place = f" in {root}" if root is not None else ""
-    raise LoadError(f"data set {name} ({splits[0]}) is not{place}: {reasons[0]}")
+    place = f" from {root}" if root is not None else ""
+    raise LoadError(f"data set {name} ({' or '.join(splits)}) cannot be read{place}: {reasons[0]}")
 
 
 def _as_array(dataset: Any, name: str) -> ArrayImages | None:

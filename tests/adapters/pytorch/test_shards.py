@@ -191,6 +191,8 @@ def test_a_data_set_of_hugging_face_is_read_from_its_folder(tmp_path: Path) -> N
         made = datasets.Dataset.from_dict(rows, features=features)
         (tmp_path / "pictures").mkdir(exist_ok=True)
         made.to_parquet(tmp_path / "pictures" / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(LoadError, match="no folder '/nowhere'"):
+        open_data("hfds//nowhere")
     source = open_data(f"hfds/{tmp_path / 'pictures'}:{tmp_path / 'cache'}")
     assert source is not None
     assert source.class_names == ("a", "b", "c", "d")
