@@ -93,7 +93,8 @@ def prune(
         str | None,
         _option(
             "--data",
-            help="digits, fashion-mnist[:DIR], a folder, torch/cifar10, wds/..., hfds/..., or none [digits].",
+            help="digits, fashion-mnist[:DIR], a folder, torch/cifar10, wds/..., hfds/..., images:DIR "
+            "(no labels), none [digits].",
             panel=_DATA,
         ),
     ] = None,

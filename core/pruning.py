@@ -34,7 +34,7 @@ from prunus.core.run import Preamble, execute
 from prunus.core.run_folder import RunFolder
 from prunus.core.run_lock import RunLock
 from prunus.core.settings import RunSettings
-from prunus.core.signals import NEEDS_DATA, Signal
+from prunus.core.signals import NEEDS_DATA, NEEDS_LABELS, Signal
 from prunus.core.tracking import TrackedSession, Tracker, Tracking
 
 DEFAULT_IMPORTANCE = "magnitude"
@@ -284,6 +284,8 @@ def make_task(settings: RunSettings, method: Method, session: Session, whole: Co
 
 def _check_data(settings: RunSettings, method: Method, session: Session) -> None:
     if session.has_data:
+        if not session.has_labels and method.estimator is not None:
+            _check_labels(settings, method.estimator)
         return
     if method.policy.starts_from == "scratch":
         raise ConfigError(f"{settings.plugin} trains from scratch and needs data; --data is none", key="data")
@@ -294,6 +296,16 @@ def _check_data(settings: RunSettings, method: Method, session: Session) -> None
             f"{who} measures {', '.join(lacking)} and needs data; --data is none (try --plugin one-shot "
             "--importance magnitude)",
             key="data",
+        )
+
+
+def _check_labels(settings: RunSettings, estimator: ImportanceEstimator) -> None:
+    lacking = sorted(signal.value for signal in estimator.needs & NEEDS_LABELS)
+    if lacking:
+        raise ConfigError(
+            f"importance {settings.importance} measures {', '.join(lacking)} and needs labels; "
+            f"{settings.data} has none (try --importance magnitude)",
+            key="importance",
         )
 
 

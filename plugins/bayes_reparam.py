@@ -71,7 +71,7 @@ class BayesReparam(PruningPolicy):
     def check(self, task: PruningTask) -> None:
         if not task.has_data:
             raise ConfigError(
-                "bayes-reparam needs images (a few hundred, labels are not necessary) to see what units carry; got "
+                "bayes-reparam needs images (a few hundred, without labels) to see what units carry; got "
                 "--data none. Give --data, or use --plugin one-shot --importance magnitude",
                 key="data",
             )

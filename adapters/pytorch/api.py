@@ -14,7 +14,7 @@ from prunus.adapters.pytorch.artifact import load
 from prunus.adapters.pytorch.catalog import BuiltModel
 from prunus.adapters.pytorch.defaults import filled
 from prunus.adapters.pytorch.session import PyTorchSession, open_session, output_classes
-from prunus.adapters.pytorch.user_data import GivenInputs, bundle_of
+from prunus.adapters.pytorch.user_data import GivenInputs, bundle_of, holdout_of
 from prunus.adapters.pytorch.verification import prepare
 from prunus.core.errors import ConfigError, LoadError
 from prunus.core.graph import ChannelGraph
@@ -116,8 +116,8 @@ def session_of(
     if train_data is not None:
         bundle = bundle_of(train_data, test_data, holdout=settings.holdout, batch_size=settings.batch_size)
         if holdout_data is not None:
-            judged = bundle_of(train_data, holdout_data, holdout=settings.holdout, batch_size=settings.batch_size)
-            bundle = replace(bundle, holdout=judged.test)
+            size = settings.batch_size or 64
+            bundle = replace(bundle, holdout=holdout_of(holdout_data, bundle.classes, batch_size=size))
     own = model if in_place else copy.deepcopy(model)
     fresh = copy.deepcopy(model)
     outputs = output_classes(copy.deepcopy(fresh), inputs.args) if bundle is not None else None

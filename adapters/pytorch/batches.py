@@ -68,6 +68,7 @@ class DataBundle:
     """Images of the training part, unaugmented, in a fixed random order."""
     test: Batches
     classes: int
+    """0 where images have no labels."""
     class_names: tuple[str, ...]
     in_chans: int
     broken: BrokenImages = field(default_factory=BrokenImages)

@@ -36,13 +36,18 @@ def recipe_for(data: str) -> Recipe:
     return IMAGES
 
 
+def has_labels(data: str) -> bool:
+    """Whether the data of that name can train and judge a model."""
+    return data != "none" and not data.startswith("images:")
+
+
 def filled(settings: RunSettings) -> RunSettings:
     """`settings` with every None that the data's recipe answers filled in."""
-    recipe = recipe_for(settings.data)
+    recipe, trains = recipe_for(settings.data), has_labels(settings.data)
     chosen = {
         "model": recipe.model,
-        "epochs": recipe.epochs if settings.data != "none" else 0.0,
-        "dense_epochs": recipe.dense_epochs if settings.data != "none" else 0.0,
+        "epochs": recipe.epochs if trains else 0.0,
+        "dense_epochs": recipe.dense_epochs if trains else 0.0,
         "batch_size": recipe.batch_size,
         "lr": recipe.lr if settings.opt in _SGD else 1e-3,
         "weight_decay": 5e-4 if settings.opt in _SGD else 0.05,

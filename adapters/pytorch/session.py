@@ -109,26 +109,37 @@ class PyTorchSession:
 
     def _remember_teacher(self, index: int, name: str) -> str:
         """A finished run's folder, or `MODEL=CHECKPOINT`, or a model whose published weights are used."""
-        if self._bundle is None:
-            raise ConfigError("--teacher needs data, but --data is none", key="teacher")
+        if self._bundle is None or not self.has_labels:
+            raise ConfigError(f"--teacher needs labelled data, but --data is {self.settings.data}", key="teacher")
         if (Path(name) / PLAN_FILE).exists():
             model, source = load(name, trust=self.settings.trust), read_plan(Path(name)).model
         else:
             model_name, _, checkpoint = name.partition("=")
-            built = build(
-                model_name,
-                classes=self._bundle.classes,
-                in_chans=self._bundle.in_chans,
-                pretrained=not checkpoint,
-                checkpoint=Path(checkpoint) if checkpoint else None,
-                img_size=self.settings.img_size,
-            )
+            try:
+                built = build(
+                    model_name,
+                    classes=self._bundle.classes,
+                    in_chans=self._bundle.in_chans,
+                    pretrained=not checkpoint,
+                    checkpoint=Path(checkpoint) if checkpoint else None,
+                    img_size=self.settings.img_size,
+                )
+            except LoadError as error:
+                raise LoadError(
+                    f"teacher {name!r}: {error} (a teacher is the folder of a finished run, MODEL=CHECKPOINT, or "
+                    "a model with published weights)"
+                ) from None
             if not built.has_weights:
                 raise LoadError(f"teacher {name!r} has no weights for the data's {self._bundle.classes} classes")
             model, source = built.module, built.source
-        macs = _forward_macs(model, self._built.input.example(1))
+        example = self._built.input.example(1)
+        try:
+            macs, classes = _forward_macs(model, example), output_classes(model, example)
+        except Exception as error:  # a model may fail on a size in any way it likes
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            size = "x".join(map(str, self._built.input.size))
+            raise LoadError(f"teacher {name!r} cannot take images of {size} ({reason})") from None
         label = f"user-{index}"
-        classes = output_classes(model, self._built.input.example(1))
         if classes != self._bundle.classes:
             raise LoadError(
                 f"teacher {name!r} answers with {classes} classes, the data has {self._bundle.classes}"
@@ -151,20 +162,20 @@ class PyTorchSession:
 
     @property
     def has_labels(self) -> bool:
-        return self._bundle is not None
+        return self._bundle is not None and self._bundle.classes > 0
 
     @property
     def classes(self) -> int | None:
-        return self._bundle.classes if self._bundle is not None else self._built.classes
+        return self._bundle.classes if self._bundle is not None and self.has_labels else self._built.classes
 
     @property
     def dense_needs_training(self) -> bool:
-        return self._bundle is not None and not self._built.has_weights
+        return self.has_labels and not self._built.has_weights
 
     def describe(self) -> Description:
         images = {}
         if self._bundle is not None:
-            splits = ("train", "holdout", "calibration", "test")
+            splits = ("train", "holdout", "calibration", "test") if self.has_labels else ("calibration",)
             images = {name: getattr(self._bundle, name).samples for name in splits}
         assert self.settings.model is not None
         notes = [*self._built.notes, *(self._bundle.broken.notes if self._bundle is not None else ())]
@@ -185,7 +196,7 @@ class PyTorchSession:
         )
 
     def test(self) -> Evaluated | None:
-        if self._bundle is None:
+        if not self.has_labels:
             return None
         return self.adapter.test()
 
@@ -265,6 +276,7 @@ def open_session(settings: RunSettings) -> PyTorchSession:
         processes.check_same("command", digest(told))
     found = open_data(settings.data, settings.num_classes)
     built = _build(settings, found)
+    _refuse_training_without_labels(settings, found, built)
 
     def original(source: ModelSource) -> nn.Module:
         # the user named this model, so its `python:` factory may run; a file may not name another
@@ -279,7 +291,7 @@ def _build(settings: RunSettings, found: DataSource | None) -> BuiltModel:
     assert settings.model is not None
     return build(
         settings.model,
-        classes=found.classes if found is not None else None,
+        classes=found.classes or None if found is not None else None,
         in_chans=found.in_chans if found is not None else None,
         image=found.image if found is not None else None,
         pretrained=settings.pretrained,
@@ -287,6 +299,23 @@ def _build(settings: RunSettings, found: DataSource | None) -> BuiltModel:
         img_size=settings.img_size,
         seed=settings.seed,
     )
+
+
+def _refuse_training_without_labels(settings: RunSettings, found: DataSource | None, built: BuiltModel) -> None:
+    if found is None or found.classes:
+        return
+    if settings.epochs:
+        raise ConfigError(
+            f"nothing can be trained without labels: {found.name} has none; got --epochs {settings.epochs:g}, "
+            "give --epochs 0",
+            key="epochs",
+        )
+    if not built.has_weights:
+        raise ConfigError(
+            f"{found.name} has no labels to train by, so the model needs weights: give --pretrained or "
+            "--checkpoint",
+            key="data",
+        )
 
 
 def _bundle(settings: RunSettings, found: DataSource | None, built: BuiltModel) -> DataBundle | None:

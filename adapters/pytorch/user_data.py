@@ -110,6 +110,25 @@ def bundle_of(
     )
 
 
+def holdout_of(data: Any, classes: int, *, batch_size: int, workers: int | None = None) -> FileBatches:
+    """A held-out part of the user's own. Raises LoadError unless it has images of each class, and no others.
+
+    A method that judges by it would give up a class that it never sees, and nobody would be told.
+    """
+    samples = SeededSamples(_dataset(data))
+    labels = _labels(_dataset(data), samples, "holdout_data")
+    if len(labels) and labels.max() >= classes:
+        raise LoadError(f"holdout_data has a class {labels.max()}, train_data has the classes 0..{classes - 1}")
+    missing = np.setdiff1d(np.arange(classes), labels)
+    if len(missing):
+        raise LoadError(
+            f"holdout_data has no image of class {missing[0]} ({len(missing)} such classes): what pruning does to "
+            "it would not be seen. Add some, or leave holdout_data out, then a share of every class is held out"
+        )
+    settings = LoaderSettings(batch_size, workers if workers is not None else getattr(data, "num_workers", 0))
+    return FileBatches(samples, np.arange(len(samples)), settings)
+
+
 def _dataset(data: Any) -> Any:
     found = data.dataset if isinstance(data, DataLoader) else data
     if not hasattr(found, "__getitem__") or not hasattr(found, "__len__"):
@@ -120,10 +139,10 @@ def _dataset(data: Any) -> Any:
     return found
 
 
-def _labels(data: Any, samples: SeededSamples) -> IntArray:
+def _labels(data: Any, samples: SeededSamples, what: str = "train_data") -> IntArray:
     known = getattr(data, "targets", None)
     values = known if known is not None else [samples[i, 0][1] for i in range(len(samples))]
     labels = np.asarray(values, dtype=np.int64)
-    if labels.ndim != 1 or len(labels) != len(samples) or labels.min() < 0:
-        raise LoadError("train_data needs one label of at least 0 for every image")
+    if labels.ndim != 1 or len(labels) != len(samples) or labels.min(initial=0) < 0:
+        raise LoadError(f"{what} needs one label of at least 0 for every image")
     return labels
