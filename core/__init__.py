@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Gates,
         Grow,
         Measure,
+        Merge,
         Note,
         Observation,
         Remove,
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
         UnreachableTargetError,
         VerificationError,
     )
-    from prunus.core.graph import ChannelGraph, ChannelGroup, Growth, Keep, Slice
+    from prunus.core.graph import ChannelGraph, ChannelGroup, Keep, Slice
+    from prunus.core.growth import Growth
     from prunus.core.importance import ImportanceEstimator, PluginConfig
-    from prunus.core.plan import AttributeEdit, ModelSource, PruningPlan
+    from prunus.core.kernels import Kernel
+    from prunus.core.plan import AttributeEdit, Branching, ModelSource, PruningPlan
     from prunus.core.policy import PruningPolicy, PruningTask
     from prunus.core.registry import Registry
     from prunus.core.settings import RunSettings
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AttributeEdit": "plan",
     "Block": "blocks",
+    "Branching": "plan",
     "Budget": "budget",
     "Changed": "directives",
     "ChannelGraph": "graph",
@@ -74,13 +78,15 @@ _HOME = {
     "FloatArray": "cost",
     "Gates": "directives",
     "Grow": "directives",
-    "Growth": "graph",
+    "Growth": "growth",
     "ImportanceEstimator": "importance",
     "IntArray": "cost",
     "JournalError": "errors",
     "Keep": "graph",
+    "Kernel": "kernels",
     "LoadError": "errors",
     "Measure": "directives",
+    "Merge": "directives",
     "MissingDependencyError": "errors",
     "ModelAdapter": "adapter",
     "ModelSource": "plan",
@@ -118,6 +124,7 @@ _HOME = {
 __all__ = [
     "AttributeEdit",
     "Block",
+    "Branching",
     "Budget",
     "Changed",
     "ChannelGraph",
@@ -140,8 +147,10 @@ __all__ = [
     "IntArray",
     "JournalError",
     "Keep",
+    "Kernel",
     "LoadError",
     "Measure",
+    "Merge",
     "MissingDependencyError",
     "ModelAdapter",
     "ModelSource",

@@ -13,6 +13,7 @@ from prunus.core.directives import (
     Evaluated,
     Grow,
     Measure,
+    Merge,
     Remove,
     Snapshot,
     Train,
@@ -49,8 +50,8 @@ class Watcher(Protocol):
 class ModelAdapter(Protocol):
     """One model, its data and everything that changes while it is pruned.
 
-    Random streams derive from the seed and from the number of state-changing directives (train, grow, remove,
-    snapshot) executed so far, which `checkpoint` writes: answers that a resumed run takes from its journal
+    Random streams derive from the seed and from the number of state-changing directives (train, grow, merge,
+    remove, snapshot) executed so far, which `checkpoint` writes: answers that a resumed run takes from its journal
     leave no trace in the adapter.
     """
 
@@ -76,6 +77,10 @@ class ModelAdapter(Protocol):
     def evaluate(self, directive: Evaluate) -> Evaluated: ...
 
     def grow(self, directive: Grow) -> Changed: ...
+
+    def merge(self, directive: Merge) -> Changed:
+        """Raises VerificationError if the merged model does not compute what its branches did."""
+        ...
 
     def remove(self, directive: Remove) -> Changed:
         """Raises VerificationError if the pruned model is not the masked one."""

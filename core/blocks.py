@@ -18,3 +18,6 @@ class Block:
     """Parameters and buffers that vanish with it; groups that run through these alone vanish, too."""
     sources: frozenset[str]
     """Whatever else owes cost (`CostTerm.source`) that vanishes with it."""
+    of: str | None = None
+    """None for a residual block. Else the convolution that this is a parallel branch of: what is left of it is the
+    sum of the other branches, nothing passes through in its place, and it costs nothing once they are merged."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from prunus.core.directives import (
     Gates,
     Grow,
     Measure,
+    Merge,
     Note,
     Remove,
     Snapshot,
@@ -59,6 +60,8 @@ class DirectiveRules:
             self._evaluate(directive)
         elif isinstance(directive, Grow):
             self._grow(directive)
+        elif isinstance(directive, Merge):
+            self._require(bool(self._branched()), "Merge needs branches", "the graph has none")
         elif isinstance(directive, Remove):
             self._remove(directive)
         elif isinstance(directive, Snapshot):
@@ -83,7 +86,7 @@ class DirectiveRules:
             )
         if not self.task.has_labels and directive.signals & NEEDS_LABELS:
             self._fail("without labels no gradient can be measured", f"It asked for {_names(directive.signals)}.")
-        self._gates(directive.gates, "gates", 2.0, blocks=True)
+        self._gates(directive.gates, "gates", 2.0, self.graph.blocks)
 
     def _train(self, directive: Train) -> None:
         self._require(
@@ -98,8 +101,8 @@ class DirectiveRules:
         )
         if directive.ema is not None:
             self._number(directive.ema, "Train.ema", 0.0, 1.0)
-        self._gates(directive.gates, "gates", 2.0, blocks=True)
-        self._gates(directive.decay, "decay", 1e6)
+        self._gates(directive.gates, "gates", 2.0, self.graph.blocks)
+        self._gates(directive.decay, "decay", 1e6, {n for n, b in self.graph.blocks.items() if b.of is not None})
         self._keep(directive.within, "within")
         if directive.distil is not None:
             self._distil(directive.distil, ema=directive.ema is not None)
@@ -121,7 +124,7 @@ class DirectiveRules:
         if directive.model is not None:
             known = {"dense", "ema", *self.task.teachers, *self.snapshots}
             self._require(directive.model in known, f"a model is one of {sorted(known)}", directive.model)
-        self._gates(directive.gates, "gates", 2.0, blocks=True)
+        self._gates(directive.gates, "gates", 2.0, self.graph.blocks)
         self._keep(directive.within, "within")
 
     def _grow(self, directive: Grow) -> None:
@@ -133,6 +136,17 @@ class DirectiveRules:
             reason = self.graph.growable(name) if width > self.graph.groups[group].units else None
             if reason is not None:
                 self._fail("Grow widens only what can be widened", f"{name!r}: {reason}.")
+        self._names(directive.branches, "Grow.branches")
+        self._require(
+            not (directive.branches and directive.widths), "Grow widens or branches, not both at once", directive
+        )
+        for name in directive.branches:
+            kernel = self.graph.kernels.get(name)
+            if kernel is None or not kernel.branches:
+                self._fail("Grow.branches names kernels of the graph that can run as branches", f"Got {name!r}.")
+        self._require(
+            not (directive.branches and self._branched()), "a model is branched once at a time", directive
+        )
 
     def _remove(self, directive: Remove) -> None:
         self._require(directive.refit in _REFITS, f"a refit is one of {_REFITS}", directive.refit)
@@ -140,13 +154,35 @@ class DirectiveRules:
             self._fail("without data nothing can be refitted", f"It asked for refit={directive.refit!r}.")
         self._require(directive.images >= 1, "images >= 1", directive.images)
         self._keep(directive.keep, "keep")
-        self._require(isinstance(directive.blocks, tuple), "Remove.blocks is a tuple of names", directive.blocks)
-        self._require(len(set(directive.blocks)) == len(directive.blocks), "a block goes once", directive.blocks)
+        self._names(directive.blocks, "Remove.blocks")
         for name in directive.blocks:
             if name not in self.graph.blocks:
                 self._fail("Remove.blocks names blocks of the current graph", f"There is no {name!r}.")
+        self._names(directive.kernels, "Remove.kernels")
+        for name in directive.kernels:
+            if name not in self.graph.kernels:
+                self._fail("Remove.kernels names kernels of the current graph", f"There is no {name!r}.")
+        for name, branches in self._branched().items():
+            if branches <= set(directive.blocks):
+                self._fail("one branch of every convolution stays", f"All of {name!r} would go.")
+        if self._branched() and directive.refit != "none":
+            self._fail(
+                "branches are merged before anything is refitted", f"It asked for refit={directive.refit!r}."
+            )
         self._gates(directive.gates, "gates", 2.0)
         self._gates(directive.survival, "survival", 1.0)
+
+    def _branched(self) -> dict[str, set[str]]:
+        """Convolution -> its branches that are left."""
+        found: dict[str, set[str]] = {}
+        for block in self.graph.blocks.values():
+            if block.of is not None:
+                found.setdefault(block.of, set()).add(block.name)
+        return found
+
+    def _names(self, names: tuple[str, ...], what: str) -> None:
+        self._require(isinstance(names, tuple), f"{what} is a tuple of names", names)
+        self._require(len(set(names)) == len(names), f"{what} says each name once", names)
 
     def _note(self, directive: Note) -> None:
         total = 0
@@ -159,10 +195,10 @@ class DirectiveRules:
                 self._require(math.isfinite(float(item)), "a Note's numbers are finite", f"{key}={item}")
         self._require(total <= MAX_NOTE_VALUES, f"a Note holds at most {MAX_NOTE_VALUES} values", total)
 
-    def _gates(self, gates: Gates | None, what: str, largest: float, blocks: bool = False) -> None:
+    def _gates(self, gates: Gates | None, what: str, largest: float, blocks: Container[str] = ()) -> None:
+        """`blocks`: those that have one number, too."""
         for name, values in (gates or {}).items():
-            whole = blocks and name in self.graph.blocks
-            units = 1 if whole else self.graph.groups[self._known(name, what)].units
+            units = 1 if name in blocks else self.graph.groups[self._known(name, what)].units
             array = np.asarray(values)
             if array.shape != (units,):
                 self._fail(f"{what} have one number per unit", f"{name!r}: shape {array.shape}, units {units}.")

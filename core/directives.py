@@ -94,10 +94,21 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True)
 class Grow:
-    """Widen groups, function-preserving (Net2Wider). Answer: Changed."""
+    """Widen groups (Net2Wider), or let convolutions run as branches; function-preserving. Answer: Changed."""
 
     widths: Mapping[str, int]
     noise: float = 1e-2
+    branches: tuple[str, ...] = ()
+    """Kernels of the graph that become parallel linear branches, each with a norm of its own: all kinds that
+    `Kernel.branches` names, blocks of the graph from then on. Costs go on being those of the merged kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Merge all branches into the convolutions that they came from, exactly. Answer: Changed.
+
+    A convolution without a branch that sees more than one tap is left with a 1 x 1 kernel.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +126,9 @@ class Remove:
     images: int = 1024
     """Calibration images for refit and recalibration."""
     blocks: tuple[str, ...] = ()
-    """Blocks of the graph that go: their input passes through."""
+    """Blocks of the graph that go: their input passes through. Branches go by the same word."""
+    kernels: tuple[str, ...] = ()
+    """Kernels of the graph that shrink to their centre tap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +146,7 @@ class Note:
     values: Mapping[str, float | int | str | Sequence[float]] = field(default_factory=dict)
 
 
-Directive = Measure | Train | Evaluate | Grow | Remove | Snapshot | Note
+Directive = Measure | Train | Evaluate | Grow | Merge | Remove | Snapshot | Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +182,7 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """The model after a growth or removal."""
+    """The model after a growth, merge or removal."""
 
     graph: ChannelGraph
     """Units renumbered: the kept ones, in their old order."""
@@ -178,6 +191,13 @@ class Changed:
     verification: Verification
     refit_from: float | None = None
     """Held-out loss before recalibration was tried, if it was."""
+    branched_macs: float | None = None
+    """MACs of one forward pass of one image through all branches; None where there are none."""
+
+    @property
+    def forward_macs(self) -> float:
+        """MACs of one forward pass of one image through the model as it runs."""
+        return self.graph.cost().macs if self.branched_macs is None else self.branched_macs
 
 
 Observation = SignalReader | Trained | Evaluated | Changed | None

@@ -27,6 +27,7 @@ from prunus.core.directives import (
     Evaluated,
     Grow,
     Measure,
+    Merge,
     Observation,
     Remove,
     Train,
@@ -128,14 +129,21 @@ def _done(directive: Directive, observation: Observation) -> str:
             return ""
         what = directive.model or "model"
         return f"held-out accuracy of the {what}: {observation.accuracy:.2%} (loss {observation.loss:.4f})"
-    if isinstance(directive, Remove | Grow) and isinstance(observation, Changed):
+    if isinstance(directive, Remove | Grow | Merge) and isinstance(observation, Changed):
         cost, check = observation.graph.cost(), observation.verification
-        verb = "grown to" if isinstance(directive, Grow) else "removed down to"
-        if isinstance(directive, Remove) and directive.blocks:
-            verb = f"removed {', '.join(directive.blocks)}, down to"
+        verb = _changed(directive)
         proof = "not checked" if check.kind == "skipped" else f"largest difference {check.max_error:.1e}"
         return f"{verb} {human(cost.macs)} MACs, {human(cost.params)} parameters ({proof})"
     return ""
+
+
+def _changed(directive: Remove | Grow | Merge) -> str:
+    if isinstance(directive, Merge):
+        return "merged into"
+    if isinstance(directive, Grow):
+        return f"{len(directive.branches)} convolutions branched:" if directive.branches else "grown to"
+    gone = [*directive.blocks, *(f"kernel of {name}" for name in directive.kernels)]
+    return f"removed {', '.join(gone)}, down to" if gone else "removed down to"
 
 
 def summary(report: Report) -> RenderableType:

@@ -23,10 +23,10 @@ import numpy as np
 from prunus.core.blocks import Block
 from prunus.core.cost import Cost, CostModel, CostTerm, Extent, IntArray
 from prunus.core.errors import PlanError
+from prunus.core.growth import Axis, Growth, sweeps
+from prunus.core.kernels import Kernel
 
 Role = Literal["writes", "reads", "scales"]
-Axis = tuple[str, int]
-"""One axis of one tensor: (tensor name, axis number)."""
 Keep = Mapping[str, "Sequence[int] | IntArray"]
 """group -> kept units; groups not named keep all."""
 
@@ -80,17 +80,7 @@ class ChannelGroup:
         if self.locked is not None:
             return self.units
         step = self.multiple_of
-        return min(self.units, -(-max(self.min_units, 1) // step) * step)
-
-
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """How a graph was widened: for each grown group, the unit each new unit copies."""
-
-    copies: Mapping[str, IntArray]
-    """group -> (new units,): the source unit, in the coordinates before the growth."""
-    sources: Mapping[Axis, IntArray]
-    """axis -> (new length,): the old index that each new index copies."""
+        return min(self.units, -(-self.min_units // step) * step)
 
 
 class ChannelGraph:
@@ -102,10 +92,12 @@ class ChannelGraph:
         terms: Iterable[CostTerm],
         tensors: Mapping[str, Sequence[int]],
         blocks: Iterable[Block] = (),
+        kernels: Iterable[Kernel] = (),
     ) -> None:
         """`tensors` maps every sliced parameter or buffer to its shape, in the order the model uses them.
 
-        `blocks` are what can be removed as a whole, in the order the model runs them.
+        `blocks` are what can be removed as a whole, in the order the model runs them; `kernels` the convolutions
+        that can be reduced to one tap.
         """
         self.groups: dict[str, ChannelGroup] = {}
         for group in groups:
@@ -115,6 +107,7 @@ class ChannelGraph:
         self.terms = tuple(terms)
         self.tensors: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in tensors.items()}
         self.blocks: dict[str, Block] = {block.name: block for block in blocks}
+        self.kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in kernels}
 
     @cached_property
     def cost_model(self) -> CostModel:
@@ -135,11 +128,16 @@ class ChannelGraph:
 
     def with_groups(self, groups: Iterable[ChannelGroup]) -> ChannelGraph:
         """The same graph with other rules for its groups."""
-        return ChannelGraph(groups, self.terms, self.tensors, self.blocks.values())
+        return ChannelGraph(groups, self.terms, self.tensors, self.blocks.values(), self.kernels.values())
+
+    def with_kernels(self, kernels: Iterable[Kernel]) -> ChannelGraph:
+        """The same graph with these kernels that can be reduced."""
+        return ChannelGraph(self.groups.values(), self.terms, self.tensors, self.blocks.values(), kernels)
 
     def with_terms(self, terms: Iterable[CostTerm]) -> ChannelGraph:
         """The same graph with further cost terms (a measured latency table)."""
-        return ChannelGraph(self.groups.values(), (*self.terms, *terms), self.tensors, self.blocks.values())
+        blocks, kernels = self.blocks.values(), self.kernels.values()
+        return ChannelGraph(self.groups.values(), (*self.terms, *terms), self.tensors, blocks, kernels)
 
     @property
     def units(self) -> dict[str, int]:
@@ -258,7 +256,7 @@ class ChannelGraph:
                 old = piece.unit_of if index is None else piece.unit_of[index]
                 slices.append(replace(piece, unit_of=np.where(old < 0, -1, renumber[name][old])))
             groups.append(replace(group, units=units[name], slices=tuple(slices)))
-        return ChannelGraph(groups, self.terms, self._shapes(indices), self.blocks.values())
+        return ChannelGraph(groups, self.terms, self._shapes(indices), self.blocks.values(), self.kernels.values())
 
     def _shapes(self, indices: Mapping[Axis, IntArray]) -> dict[str, tuple[int, ...]]:
         shapes = {name: list(shape) for name, shape in self.tensors.items()}
@@ -285,7 +283,35 @@ class ChannelGraph:
             [term for term in self.terms if term.source not in sources],
             {name: shape for name, shape in self.tensors.items() if name not in tensors},
             [block for block in self.blocks.values() if not block.tensors <= tensors],
+            [kernel for kernel in self.kernels.values() if kernel.tensor not in tensors],
         )
+
+    def without_kernels(self, names: Iterable[str]) -> ChannelGraph:
+        """The graph of the model whose convolutions `names` have one tap left. Raises PlanError."""
+        gone = {name: self.kernel(name) for name in names}
+        taps = {source: k.taps for k in gone.values() for source in (k.name, k.tensor)}
+        shapes = {k.tensor: (*self.tensors[k.tensor][:2], 1, 1) for k in gone.values()}
+        return ChannelGraph(
+            self.groups.values(),
+            [
+                replace(t, coefficient=t.coefficient // taps[t.source]) if t.source in taps else t
+                for t in self.terms
+            ],
+            {**self.tensors, **shapes},
+            self.blocks.values(),
+            [kernel for kernel in self.kernels.values() if kernel.name not in gone],
+        )
+
+    def kernel_indices(self, names: Iterable[str]) -> dict[Axis, IntArray]:
+        """What is left of the kernel axes when the convolutions `names` keep one tap."""
+        kernels = [self.kernel(name) for name in names]
+        return {(k.tensor, axis): np.array([k.centre], dtype=np.int64) for k in kernels for axis in (2, 3)}
+
+    def kernel(self, name: str) -> Kernel:
+        """Raises PlanError if there is none of that name."""
+        if name not in self.kernels:
+            raise PlanError(f"there is no kernel {name!r} that could be reduced; there are {len(self.kernels)}")
+        return self.kernels[name]
 
     def block(self, name: str) -> Block:
         """Raises PlanError if there is none of that name."""
@@ -299,7 +325,7 @@ class ChannelGraph:
         if group.locked is not None:
             return group.locked
         for piece in group.slices:
-            if _sweeps(piece.unit_of, group.units) is None:
+            if sweeps(piece.unit_of, group.units) is None:
                 return f"the units of {piece.tensor} (axis {piece.axis}) are interleaved"
         return None
 
@@ -337,11 +363,11 @@ class ChannelGraph:
         sources: dict[Axis, IntArray] = {}
         units_at: dict[Axis, IntArray] = {}
         for piece in group.slices:
-            sweeps = _sweeps(piece.unit_of, group.units)
-            assert sweeps is not None
+            passes = sweeps(piece.unit_of, group.units)
+            assert passes is not None
             source, labels = [], []
             at = 0
-            for start, run in sweeps:
+            for start, run in passes:
                 stop = start + run * group.units
                 source.append(np.arange(at, stop))
                 labels.append(piece.unit_of[at:stop])
@@ -365,7 +391,10 @@ class ChannelGraph:
                     slices.append(piece)
             units = group.units + len(copied) if other_name == name else other.units
             groups.append(replace(other, units=units, slices=tuple(slices)))
-        return ChannelGraph(groups, self.terms, self._shapes(sources), self.blocks.values()), sources
+        graph = ChannelGraph(
+            groups, self.terms, self._shapes(sources), self.blocks.values(), self.kernels.values()
+        )
+        return graph, sources
 
     @cached_property
     def fingerprint(self) -> str:
@@ -388,24 +417,6 @@ def _positions(kept: IntArray, units: int) -> IntArray:
     renumber = np.full(units, -1, dtype=np.int64)
     renumber[kept] = np.arange(len(kept))
     return renumber
-
-
-def _sweeps(unit_of: IntArray, units: int) -> list[tuple[int, int]] | None:
-    """(start, run) of each pass over all units in order, each unit `run` indices long; None if irregular."""
-    member = np.flatnonzero(unit_of >= 0)
-    sweeps: list[tuple[int, int]] = []
-    at = 0
-    while at < len(member):
-        start = int(member[at])
-        run = 1
-        while start + run < len(unit_of) and unit_of[start + run] == unit_of[start]:
-            run += 1
-        stop = start + run * units
-        if stop > len(unit_of) or not np.array_equal(unit_of[start:stop], np.repeat(np.arange(units), run)):
-            return None
-        sweeps.append((start, run))
-        at += run * units
-    return sweeps
 
 
 __all__ = ["Axis", "ChannelGraph", "ChannelGroup", "Cost", "CostTerm", "Extent", "Growth", "Role", "Slice"]

@@ -12,6 +12,7 @@ from prunus.core.blocks import Block
 from prunus.core.cost import CostTerm, Extent, IntArray, Quantity
 from prunus.core.errors import PlanError
 from prunus.core.graph import ChannelGraph, ChannelGroup, Role, Slice
+from prunus.core.kernels import Kernel
 
 _Name = Annotated[str, Field(max_length=512)]
 _Count = Annotated[int, Field(ge=0, lt=2**40)]
@@ -57,6 +58,15 @@ class _BlockRecord(BaseModel):
     name: _Name
     tensors: list[_Name]
     sources: list[_Name]
+    of: _Name | None = None
+
+
+class _KernelRecord(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: _Name
+    tensor: _Name
+    size: Annotated[int, Field(ge=2, le=1024)]
+    branches: list[_Name]
 
 
 class GraphRecord(BaseModel):
@@ -67,6 +77,7 @@ class GraphRecord(BaseModel):
     terms: list[_TermRecord]
     tensors: dict[_Name, list[_Count]]
     blocks: list[_BlockRecord] = Field(default_factory=list)
+    kernels: list[_KernelRecord] = Field(default_factory=list)
 
 
 def record_graph(graph: ChannelGraph) -> tuple[GraphRecord, IntArray]:
@@ -94,11 +105,12 @@ def record_graph(graph: ChannelGraph) -> tuple[GraphRecord, IntArray]:
         )
     terms = [asdict(term) for term in graph.terms]
     blocks = [
-        {"name": block.name, "tensors": sorted(block.tensors), "sources": sorted(block.sources)}
-        for block in graph.blocks.values()
+        {"name": b.name, "tensors": sorted(b.tensors), "sources": sorted(b.sources), "of": b.of}
+        for b in graph.blocks.values()
     ]
+    kernels = [asdict(kernel) for kernel in graph.kernels.values()]
     record = GraphRecord.model_validate(
-        {"groups": groups, "terms": terms, "tensors": graph.tensors, "blocks": blocks}
+        {"groups": groups, "terms": terms, "tensors": graph.tensors, "blocks": blocks, "kernels": kernels}
     )
     joined = np.concatenate(indices) if indices else np.zeros(0, dtype=np.int64)
     return record, joined
@@ -123,8 +135,9 @@ def rebuild_graph(record: GraphRecord, indices: IntArray) -> ChannelGraph:
         CostTerm(term.quantity, term.source, term.coefficient, tuple(_extent(e) for e in term.extents))
         for term in record.terms
     ]
-    blocks = [Block(b.name, frozenset(b.tensors), frozenset(b.sources)) for b in record.blocks]
-    return ChannelGraph(groups, terms, record.tensors, blocks)
+    blocks = [Block(b.name, frozenset(b.tensors), frozenset(b.sources), b.of) for b in record.blocks]
+    kernels = [Kernel(k.name, k.tensor, k.size, tuple(k.branches)) for k in record.kernels]
+    return ChannelGraph(groups, terms, record.tensors, blocks, kernels)
 
 
 def _extent(record: _ExtentRecord) -> Extent:

@@ -69,7 +69,7 @@ def _asked(directive: Directive) -> dict[str, Any]:
     if isinstance(directive, Evaluate):
         return {"split": directive.split, "model": directive.model}
     if isinstance(directive, Remove):
-        return {"refit": directive.refit, "blocks": list(directive.blocks)}
+        return {"refit": directive.refit, "blocks": list(directive.blocks), "kernels": list(directive.kernels)}
     if isinstance(directive, Snapshot):
         return {"name": directive.name}
     if isinstance(directive, Note):

@@ -49,7 +49,7 @@ class Head(BaseModel):
 class _EntryRecord(BaseModel):
     model_config = ConfigDict(extra="forbid")
     index: Annotated[int, Field(ge=0, lt=10**6)]
-    kind: Literal["Measure", "Train", "Evaluate", "Grow", "Remove", "Snapshot", "Note"]
+    kind: Literal["Measure", "Train", "Evaluate", "Grow", "Merge", "Remove", "Snapshot", "Note"]
     directive: _Digest
     seconds: float
     observation: ObservationRecord

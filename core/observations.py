@@ -57,6 +57,7 @@ class _ChangedRecord(_Record):
     plan: PruningPlan
     verification: _VerificationRecord
     refit_from: float | None
+    branched_macs: float | None = None
 
 
 class _ReadRecord(_Record):
@@ -163,7 +164,11 @@ def record(observation: Observation) -> tuple[ObservationRecord, dict[str, np.nd
         graph, indices = record_graph(observation.graph)
         verification = _VerificationRecord(**asdict(observation.verification))
         changed = _ChangedRecord(
-            graph=graph, plan=observation.plan, verification=verification, refit_from=observation.refit_from
+            graph=graph,
+            plan=observation.plan,
+            verification=verification,
+            refit_from=observation.refit_from,
+            branched_macs=observation.branched_macs,
         )
         return changed, {"indices": indices}
     if isinstance(observation, RecordingReader):
@@ -222,7 +227,7 @@ def rebuild(record: ObservationRecord, arrays: Arrays) -> Observation:
     if isinstance(record, _ChangedRecord):
         verification = Verification(**record.verification.model_dump())
         graph = rebuild_graph(record.graph, arrays["indices"])
-        return Changed(graph, record.plan, verification, record.refit_from)
+        return Changed(graph, record.plan, verification, record.refit_from, record.branched_macs)
     reads = {}
     for i, item in enumerate(record.reads):
         array = arrays[f"read.{i}"]

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prunus.core.cost import IntArray
 from prunus.core.errors import PlanError
-from prunus.core.graph import Axis, ChannelGraph, Growth, Keep
+from prunus.core.graph import Axis, ChannelGraph, Keep
+from prunus.core.growth import Growth
 
 _Index = Annotated[int, Field(ge=0, lt=2**31)]
 _Name = Annotated[str, Field(max_length=512)]
@@ -38,6 +39,18 @@ class ModelSource(BaseModel):
     kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
+class Branching(BaseModel):
+    """A convolution that runs as parallel branches, for as long as a method searches among them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kinds: list[_Name]
+    """The branches that are left, in the order in which they are summed."""
+    inner: int
+    """Channels between the two convolutions of a branch that has two."""
+    norm: _Name | None
+    """The batch norm that takes the convolution's output, if the convolution has no bias to hold a constant."""
+
+
 class PruningPlan(BaseModel):
     """For each group the kept units, in the coordinates of the original (grown) model."""
 
@@ -55,6 +68,8 @@ class PruningPlan(BaseModel):
     """module -> name of the registered handler whose forward reads its sizes from attributes."""
     removed_blocks: list[_Name] = Field(default_factory=list)
     """Blocks that are gone, in the order in which they went; their groups stay in `keep` as they last were."""
+    branches: dict[_Name, Branching] = Field(default_factory=dict)
+    """convolution -> the branches that it runs as; empty in every finished plan, where they are merged."""
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -82,7 +97,7 @@ class PruningPlan(BaseModel):
 
     def check_growable(self) -> None:
         """Raises PlanError if the model has another shape than the original."""
-        if self.axes or self.removed_blocks:
+        if self.axes or self.removed_blocks or self.branches:
             raise PlanError("a model can be grown once, and only before anything is removed from it")
 
     def after_growth(
@@ -107,19 +122,27 @@ class PruningPlan(BaseModel):
         attributes: Sequence[AttributeEdit] = (),
         handlers: Mapping[str, str] | None = None,
         blocks: Sequence[str] = (),
+        kernels: Sequence[str] = (),
     ) -> PruningPlan:
         """The plan after keeping `keep` of `graph` (the graph before, whose units are this plan's kept ones).
 
-        `blocks` go as a whole. Raises PlanError if either breaks a rule of the graph.
+        `blocks` go as a whole, of `kernels` one tap stays. Raises PlanError if one breaks a rule of the graph.
         """
         for name in blocks:
             graph.block(name)
+        sources = {**graph.kept_indices(graph.check_keep(keep)), **graph.kernel_indices(kernels)}
         checked = graph.check_keep(keep)
         kept = {name: [self.keep[name][int(i)] for i in units] for name, units in checked.items()}
         removed = [*self.removed_blocks, *blocks]
-        return self._changed(
-            graph.kept_indices(checked), attributes, handlers, keep={**self.keep, **kept}, removed_blocks=removed
-        )
+        return self._changed(sources, attributes, handlers, keep={**self.keep, **kept}, removed_blocks=removed)
+
+    def branched(self, branches: Mapping[str, Branching]) -> PruningPlan:
+        """The plan of the same model whose convolutions `branches` run as branches."""
+        return self.model_copy(update={"branches": dict(branches)})
+
+    def reduced(self, graph: ChannelGraph) -> list[str]:
+        """Names of the kernels of `graph`, the graph of the original, of which one tap is left."""
+        return [name for name, kernel in graph.kernels.items() if 2 in self.axes.get(kernel.tensor, {})]
 
     def _changed(
         self,

@@ -105,7 +105,7 @@ def _sizes(report: Report, times: dict[int, float]) -> list[Series]:
     """The model's MACs from the dense model on, and the target where it is one of MACs."""
     points = [(0.0, float(report.dense.macs))]
     for row in report.history:
-        if row["kind"] in ("Remove", "Grow") and _number(row.get("macs")):
+        if row["kind"] in ("Remove", "Grow", "Merge") and _number(row.get("macs")):
             points.append((times[int(row["index"])], float(row["macs"])))
     if len(points) == 1:
         return []

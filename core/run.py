@@ -24,6 +24,7 @@ from prunus.core.directives import (
     Evaluated,
     Grow,
     Measure,
+    Merge,
     Observation,
     Remove,
     Snapshot,
@@ -37,7 +38,7 @@ from prunus.core.observations import RecordedReader, RecordingReader
 from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 
-CHANGES_STATE = (Train, Grow, Remove, Snapshot)
+CHANGES_STATE = (Train, Grow, Merge, Remove, Snapshot)
 MAX_DIRECTIVES = 100_000
 MAX_IDLE = 5_000
 """Directives in a row that change nothing (Measure, Evaluate, Note): beyond it the policy loops for ever."""
@@ -296,6 +297,8 @@ class _Run:
             return adapter.evaluate(directive)
         if isinstance(directive, Grow):
             return adapter.grow(directive)
+        if isinstance(directive, Merge):
+            return adapter.merge(directive)
         if isinstance(directive, Remove):
             return adapter.remove(directive)
         if isinstance(directive, Snapshot):
@@ -316,7 +319,10 @@ class _Run:
         if self._plan is None:
             raise PluginError(self._plugin, "it must yield Remove at least once before it returns")
         if plan != self._plan:
-            raise PluginError(self._plugin, "it must return the plan of its last Remove or Grow")
+            raise PluginError(self._plugin, "it must return the plan of its last Remove, Merge or Grow")
+        if plan.branches:
+            name = next(iter(plan.branches))
+            raise PluginError(self._plugin, "branches are merged in the end", f"{name!r} still runs as branches.")
         check_budget(self._plugin, self._task, self._rules.graph)
         return plan
 

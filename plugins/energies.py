@@ -46,6 +46,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Reader:
+    tensor: str
     norms: FloatArray
     """(n,): squared norm of the weights of every index."""
     spread: FloatArray
@@ -82,7 +83,7 @@ class Energies:
             norms = power_sum(weight, Slice(tensor, axis, "reads", every), len(every))
             spread = self._spread(signals, tensor, len(every))
             parts = tuple(_part(g, p, weight, self._units[g], blocks=spread.ndim == 2) for g, p in mine)
-            self._readers.append(_Reader(norms, spread, parts))
+            self._readers.append(_Reader(tensor, norms, spread, parts))
             read |= {g for g, _ in mine}
         for name in self._units.keys() - read:
             self._fixed[name] = _writers_energy(graph, name, signals)
@@ -113,6 +114,13 @@ class Energies:
             if not np.isfinite(values).all():
                 raise PluginError("gsm-anneal", "energies are finite", f"Group {name!r} has NaN or infinity.")
         return totals
+
+    def of_reader(self, tensor: str) -> dict[str, FloatArray]:
+        """group -> (units,): what the last call of `at` found at one reader; empty if it reads no unit."""
+        for k, reader in enumerate(self._readers):
+            if reader.tensor == tensor and k in self._cached:
+                return {part.group: e for part, e in zip(reader.parts, self._cached[k], strict=True)}
+        return {}
 
 
 def _part(group: str, piece: Slice, weight: FloatArray, units: int, *, blocks: bool) -> _Part:

@@ -7,23 +7,24 @@ After Lu et al., Growing-before-Pruning (Pattern Recognition 166, 2025). Per rou
     3  anneal pi = sigmoid((Lambda - mu c) / T) down the ladder     `_anneal`
     4  remove what has pi < vanish, refit, train gated by pi        `_round`
 
-and at the end: harden to exact counts, refit, recover.
+and at the end: harden to exact counts, refit, recover. With expansion "branches" the rounds train parallel
+branches (`branch_search`), which are merged before the end; then whole layers are units, too (`layers`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from prunus.core.allocation import best_units, global_keep, ladders, raise_if_unreachable
+from prunus.core.allocation import best_units, global_keep, ladders, raise_if_unreachable, uniform_keep
 from prunus.core.budget import Budget
 from prunus.core.cost import FloatArray, IntArray
-from prunus.core.directives import Directive, Grow, Measure, Note, Observation, Remove
+from prunus.core.directives import Changed, Directive, Grow, Measure, Merge, Note, Observation, Remove
 from prunus.core.errors import ConfigError, PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.importance import PluginConfig
@@ -31,7 +32,9 @@ from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 from prunus.core.signals import Signal
 from prunus.plugins.annealing import Lattice, mean_entropy
+from prunus.plugins.branch_search import branch_coefficients, branchable, grow_branches
 from prunus.plugins.energies import SIGNALS, Energies, Source
+from prunus.plugins.layers import Choice, LayerEvidence, Layers, with_layers
 from prunus.plugins.ranking import signals_of
 from prunus.plugins.recovery import RecoveryConfig, can_train, changed, gentle, recover, removal
 from prunus.plugins.scale_mixture import Coefficients, coefficients
@@ -41,8 +44,13 @@ LONG = 20.0
 
 
 class GsmAnnealConfig(RecoveryConfig):
-    expansion: Literal["none", "wide"] = "none"
-    """`wide` grows groups by `ratio` first, function-preserving, and searches the larger network."""
+    expansion: Literal["none", "wide", "branches"] = "none"
+    """`wide` grows groups by `ratio` first, function-preserving, and searches the larger network; `branches` lets
+    convolutions run as parallel linear branches, of other kernels and depth, while the rounds train."""
+    layers: Literal["auto", "none", "kernels", "blocks", "all"] = "auto"
+    """Whole layers that may go: `kernels` shrink to 1 x 1, residual `blocks` vanish; `auto`: all with branches."""
+    layer_weight: float = Field(default=1.0, gt=0)
+    """Factor of what speaks for a layer, against what it saves."""
     ratio: float = Field(default=1.5, gt=1, le=4)
     """Width after expansion over width before."""
     grow: Literal["inner", "all"] = "inner"
@@ -72,9 +80,10 @@ class GsmAnnealConfig(RecoveryConfig):
     cold: float = Field(default=0.02, gt=0, lt=1)
     """The mean entropy, as a share of log 2, at which the search is over."""
     rounds: int | None = Field(default=None, ge=1, le=100)
-    """Pieces of the ladder; None is 1 below 20 epochs and 3 from there on."""
+    """Pieces of the ladder; None is 1 below 20 epochs (with branches 2) and 3 from there on."""
     round_share: float = Field(default=0.2, ge=0, le=1)
-    """Share of all epochs that is spent in rounds, gated; the rest recovers."""
+    """Share of the training that is spent in rounds, gated; the rest recovers. An epoch counts by its MACs: one of
+    a larger model takes as much from the budget as several of the pruned one."""
     round_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the rounds; None is the tail of the run's own cycle, a fifth of its peak to 0."""
     vanish: float = Field(default=0.02, gt=0, lt=0.5)
@@ -91,6 +100,10 @@ class _Search:
     """Where the annealing is: the current graph, its probabilities, and the next rung of the ladder."""
 
     graph: ChannelGraph
+    macs: float
+    """Of one forward pass through the model as it runs."""
+    choice: Choice
+    """Layers that may go as a whole."""
     units: int
     """All units that could go at the start; what was removed since counts as decided."""
     probabilities: dict[str, FloatArray] | None = None
@@ -101,12 +114,26 @@ class _Search:
     gates: dict[str, FloatArray] | None = None
     """Gates that the current weights were trained with, to be folded at the next removal."""
 
-    def restricted(self, graph: ChannelGraph, keep: Mapping[str, IntArray]) -> None:
+    @property
+    def space(self) -> ChannelGraph:
+        """The graph with a group of one unit for each layer of the choice."""
+        return with_layers(self.graph, self.choice) if self.choice.names else self.graph
+
+    def restricted(self, answer: Changed, keep: Mapping[str, IntArray]) -> None:
         """Follow a removal: what is known of the units that are left."""
-        self.graph = graph
+        graph = self.graph = answer.graph
+        self.macs = answer.forward_macs
         self.probabilities = _taken(self.probabilities, keep, graph)
         self.prices = _taken(self.prices, keep, graph)
         self.gates = None
+
+    def opened(self, layers: Layers) -> None:
+        """From now on these layers may go, too; nothing speaks against one yet."""
+        self.choice = Choice.of(self.graph, layers)
+        self.units += len(self.choice.names)
+        if self.probabilities is not None:
+            self.probabilities |= {name: np.ones(1) for name in self.choice.names}
+        self.prices = None
 
 
 class GsmAnneal(PruningPolicy):
@@ -115,35 +142,83 @@ class GsmAnneal(PruningPolicy):
     Config: ClassVar[type[PluginConfig]] = GsmAnnealConfig
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WEIGHT})
 
+    def check(self, task: PruningTask) -> None:
+        config = self.config
+        assert isinstance(config, GsmAnnealConfig)
+        if config.expansion == "branches" and not branchable(task.graph):
+            raise ConfigError(
+                "no convolution of this model can run as branches; use expansion=none", key="expansion"
+            )
+        if _layers(task, config) != "none" and not task.has_data:
+            raise ConfigError("layers are judged by what passes through them; --data is none", key="layers")
+
     def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
         config = self.config
         assert isinstance(config, GsmAnnealConfig)
-        raise_if_unreachable(task.graph, task.budget)
-        graph = (yield from _expand(task, config)) if config.expansion == "wide" else task.graph
-        search = _Search(graph, sum(group.units for group in graph.prunable.values()))
+        layers = _layers(task, config)
+        raise_if_unreachable(with_layers(task.graph, Choice.of(task.graph, layers)), task.budget)
         rounds = _rounds(task, config)
-        epochs = config.round_share * task.epochs if rounds > 1 and can_train(task, task.epochs) else 0.0
+        piece = config.round_share / rounds if rounds > 1 and can_train(task, task.epochs) else 0.0
+        search = _Search(task.graph, task.graph.cost().macs, Choice({}, {}), _units(task.graph))
+        spent = 0.0
+        if config.expansion == "wide":
+            search.graph, search.macs = yield from _expand(task, config)
+            search.units = _units(search.graph)
+        elif config.expansion == "branches" and piece:
+            search.graph, search.macs = yield from grow_branches(task.graph)
+            yield gentle(_epochs(task, config, search, piece), config.round_lr, "branches")
+            spent += piece
         for k in range(1, rounds):
-            yield from _round(task, config, search, k, rounds, epochs / rounds)
+            yield from _round(task, config, search, k, rounds, piece)
+            spent += piece
+        if any(block.of is not None for block in search.graph.blocks.values()):
+            search.graph = changed((yield Merge())).graph
+        search.opened(layers)
         found = yield from _settle(task, config, search, task.budget, config.temperatures, last=True)
         # harden: the same order, exact counts
-        keep = global_keep(search.graph, task.budget, found)
+        keep = global_keep(search.space, task.budget, found)
         result = changed((yield _remove(task, config, search, keep)))
         if not task.budget.met(result.graph.cost()):
             raise PluginError("gsm-anneal", "the plan meets the budget", f"It costs {result.graph.cost()}.")
-        trained = epochs * (rounds - 1) / rounds
-        yield from recover(task, config, task.epochs - trained)
+        yield from recover(task, config, (1 - spent) * task.epochs)
         return result.plan
+
+
+def _units(graph: ChannelGraph) -> int:
+    return sum(group.units for group in graph.prunable.values())
+
+
+def _epochs(task: PruningTask, config: GsmAnnealConfig, search: _Search, share: float) -> float:
+    """How many epochs of the model as it is now are `share` of the whole training of the pruned one, in MACs."""
+    pruned = task.budget.limits.get("macs")
+    if pruned is None:  # as many as the same share of every group leaves
+        space = with_layers(task.graph, Choice.of(task.graph, _layers(task, config)))
+        keep = uniform_keep(space, task.budget, {name: np.ones(g.units) for name, g in space.prunable.items()})
+        pruned = space.cost({name: len(units) for name, units in keep.items()}).macs
+    return share * task.epochs * min(pruned / search.macs, 1.0)
+
+
+def _layers(task: PruningTask, config: GsmAnnealConfig) -> Layers:
+    """Latency is measured layer by layer as they are: nothing is known of what a 1 x 1 kernel would take."""
+    layers = config.layers
+    if layers == "auto":
+        layers = "all" if config.expansion == "branches" and task.has_data else "none"
+    if any(target.quantity == "latency" for target in task.budget.targets):
+        layers = {"all": "blocks", "kernels": "none"}.get(layers, layers)  # type: ignore[assignment]
+    return layers
 
 
 def _rounds(task: PruningTask, config: GsmAnnealConfig) -> int:
     if config.rounds is not None:
         return min(config.rounds, config.temperatures)
-    trains_long = can_train(task, task.epochs) and task.epochs >= LONG
-    return 3 if trains_long else 1
+    if not can_train(task, task.epochs):
+        return 1
+    return 3 if task.epochs >= LONG else 2 if config.expansion == "branches" else 1
 
 
-def _expand(task: PruningTask, config: GsmAnnealConfig) -> Generator[Directive, Observation, ChannelGraph]:
+def _expand(
+    task: PruningTask, config: GsmAnnealConfig
+) -> Generator[Directive, Observation, tuple[ChannelGraph, float]]:
     """Widen every group that can be (Net2Wider); targets go on referring to the original model."""
     graph, widths = task.graph, {}
     for name, group in graph.prunable.items():
@@ -157,57 +232,66 @@ def _expand(task: PruningTask, config: GsmAnnealConfig) -> Generator[Directive, 
         raise ConfigError("no group of this model can be widened; use expansion=none", key="expansion")
     grown = changed((yield Grow(widths=widths))).graph
     yield Note("expansion", {"groups": len(widths), "macs": grown.cost().macs / task.graph.cost().macs})
-    return grown
+    return grown, grown.cost().macs
 
 
 def _round(
-    task: PruningTask, config: GsmAnnealConfig, search: _Search, k: int, rounds: int, epochs: float
+    task: PruningTask, config: GsmAnnealConfig, search: _Search, k: int, rounds: int, piece: float
 ) -> Generator[Directive, Observation, None]:
-    """Anneal one band of the ladder towards its budget, remove what vanished, train the rest under its gates."""
+    """Anneal one band of the ladder towards its budget, remove what vanished, train the rest under its gates.
+
+    `piece`: share of the whole training.
+    """
     budget = task.budget.partway(k / rounds, search.graph.cost() if k == 1 else None)
     until = round(config.temperatures * k / rounds)
     yield from _settle(task, config, search, budget, until, last=False)
     assert search.probabilities is not None
     keep = _survivors(search.graph, search.probabilities, config.vanish)
-    if any(len(units) < search.graph.groups[name].units for name, units in keep.items()):
-        graph = changed((yield _remove(task, config, search, keep))).graph
-        search.restricted(graph, keep)
-    if can_train(task, epochs):
+    branches = yield from branch_coefficients(search.graph, config.kappa, config.c1)
+    if branches.weak or any(len(units) < search.graph.groups[name].units for name, units in keep.items()):
+        removal = replace(_remove(task, config, search, keep), blocks=branches.weak)
+        search.restricted(changed((yield replace(removal, refit="none") if branches.names else removal)), keep)
+    if can_train(task, piece * task.epochs):
         rates = (yield from _measured(task, config, search))[1].decay(config.decay)
         search.gates = dict(search.probabilities)
         label = f"anneal {k} of {rounds}"
-        yield gentle(epochs, config.round_lr, label, gates=search.gates, decay=rates)
+        decay = rates | branches.decay(config.decay)
+        epochs = _epochs(task, config, search, piece)
+        yield gentle(epochs, config.round_lr, label, gates=search.gates, decay=decay)
 
 
 def _settle(
     task: PruningTask, config: GsmAnnealConfig, search: _Search, budget: Budget, until: int, *, last: bool
 ) -> Generator[Directive, Observation, dict[str, FloatArray]]:
     """Collect statistics and anneal down to rung `until`; what comes back ranks the units."""
-    energies = yield from _collected(task, config, search)
-    notes, ranks = _anneal(config, search, budget, energies, until, last=last)
+    energies, evidence = yield from _collected(task, config, search)
+    notes, ranks = _anneal(config, search, budget, energies, evidence, until, last=last)
     yield from notes
     return ranks
 
 
 def _collected(
     task: PruningTask, config: GsmAnnealConfig, search: _Search
-) -> Generator[Directive, Observation, Energies]:
+) -> Generator[Directive, Observation, tuple[Energies, LayerEvidence]]:
     source: Source = config.source if task.has_data else "weight"
     signals = SIGNALS[source] if task.has_data else frozenset({Signal.WEIGHT})
     if source == "gate_fisher" and not task.has_labels:
         raise ConfigError("source 'gate_fisher' needs labels; use source=conditional", key="source")
-    observation = yield Measure(signals=signals, images=config.images, gates=search.gates)
-    energies = Energies(search.graph, signals_of(observation), source)
+    if search.choice.blocks:
+        signals |= {Signal.BLOCK_CHANGE}
+    measured = signals_of((yield Measure(signals=signals, images=config.images, gates=search.gates)))
+    energies = Energies(search.graph, measured, source)
+    evidence = LayerEvidence(search.graph, search.choice, measured)
     if energies.assumed_variance:
         yield Note("energies", {"source": source, "variance": "1 where no activations were measured"})
-    return energies
+    return energies, evidence
 
 
 def _measured(
     task: PruningTask, config: GsmAnnealConfig, search: _Search
 ) -> Generator[Directive, Observation, tuple[Energies, Coefficients]]:
     assert search.probabilities is not None
-    energies = yield from _collected(task, config, search)
+    energies, _ = yield from _collected(task, config, search)
     return energies, _coefficients(config, energies, search.probabilities)
 
 
@@ -218,11 +302,34 @@ def _coefficients(
     return coefficients(found, energies.sizes, kappa=config.kappa, c1=config.c1, normalise=config.normalise)
 
 
+def _layer_values(
+    config: GsmAnnealConfig,
+    evidence: LayerEvidence,
+    energies: Energies,
+    noise: float,
+    lattice: Lattice,
+    pi: FloatArray,
+) -> dict[str, FloatArray]:
+    """Layer -> (1,): Lambda for each channel's worth of what the layer saves; one is worth a channel's price."""
+    found = evidence.at(energies, lattice.named(pi), noise, config.c1)
+    if not found:
+        return {}
+    worth = lattice.worth(pi, found)
+    return {name: np.array([config.layer_weight * value / worth[name]]) for name, value in found.items()}
+
+
 def _anneal(
-    config: GsmAnnealConfig, search: _Search, budget: Budget, energies: Energies, until: int, *, last: bool
+    config: GsmAnnealConfig,
+    search: _Search,
+    budget: Budget,
+    energies: Energies,
+    evidence: LayerEvidence,
+    until: int,
+    *,
+    last: bool,
 ) -> tuple[list[Note], dict[str, FloatArray]]:
     """Cool from `search.rung` to `until`, with damped updates; the last band until everything is decided."""
-    lattice = Lattice(search.graph, budget)
+    lattice = Lattice(search.space, budget)
     if not lattice.names or lattice.load(np.ones_like(lattice.even())) <= 1:
         search.probabilities = lattice.named(np.ones_like(lattice.even()))
         search.rung = until
@@ -237,7 +344,8 @@ def _anneal(
     while search.rung < stop:
         for update in range(config.updates):
             found = _coefficients(config, energies, lattice.named(pi), fresh=update == 0)
-            value = lattice.vector(found.value)
+            layers = _layer_values(config, evidence, energies, found.noise, lattice, pi)
+            value = lattice.vector(found.value | layers)
             if search.first is None:
                 search.first = max(config.hot * float(value.std()), 1e-9)
             temperature = search.first * config.cooling**search.rung
@@ -311,14 +419,10 @@ def _survivors(graph: ChannelGraph, probabilities: Mapping[str, FloatArray], van
 
 
 def _remove(task: PruningTask, config: GsmAnnealConfig, search: _Search, keep: Mapping[str, IntArray]) -> Remove:
-    plain = removal(task, config, keep)
-    return Remove(
-        keep=plain.keep,
-        gates=search.gates,
-        refit=plain.refit,
-        recalibrate=plain.recalibrate,
-        images=plain.images,
-    )
+    """What the search decided: units of groups, and whole layers."""
+    blocks, kernels = search.choice.gone(keep, search.graph)
+    units = {name: kept for name, kept in keep.items() if name in search.graph.groups}
+    return replace(removal(task, config, units), gates=search.gates, blocks=blocks, kernels=kernels)
 
 
 def _taken(

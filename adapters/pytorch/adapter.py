@@ -17,13 +17,14 @@ from torch import nn
 
 from prunus.adapters.pytorch.averaging import WeightAverage, decay_of, settle
 from prunus.adapters.pytorch.batches import Batches, DataBundle
+from prunus.adapters.pytorch.branching import settle_norms
 from prunus.adapters.pytorch.distillation import Teacher, classification_loss
 from prunus.adapters.pytorch.evaluation import evaluate
 from prunus.adapters.pytorch.gating import Gating, fold
 from prunus.adapters.pytorch.lineage import map_back, of_kept, spread
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.adapters.pytorch.processes import ALONE, Processes
-from prunus.adapters.pytorch.recalibration import recalibrate
+from prunus.adapters.pytorch.recalibration import recalibrate, recalibrate_if_better
 from prunus.adapters.pytorch.refit import refit
 from prunus.adapters.pytorch.run_state import (
     Remembered,
@@ -46,11 +47,13 @@ from prunus.core.directives import (
     Gates,
     Grow,
     Measure,
+    Merge,
     Refit,
     Remove,
     Snapshot,
     Train,
     Trained,
+    Verification,
 )
 from prunus.core.errors import ConfigError, JournalError
 from prunus.core.graph import ChannelGraph, Keep
@@ -144,22 +147,17 @@ class PyTorchAdapter:
         batches: Any = ()
         if directive.signals & NEEDS_DATA:
             batches = self._share(directive.split, directive.images, directive.fold)
-        return measure(
-            self.model,
-            self.graph,
-            batches,
-            directive.signals,
-            classification_loss,
-            directive.gates,
-            processes=self.processes,
-        )
+        merged, gates = self.shrinking.merged(directive.gates)
+        more, loss = None if merged is self.model else self.model, classification_loss
+        signals = directive.signals
+        return measure(merged, self.graph, batches, signals, loss, gates, processes=self.processes, more=more)
 
     def evaluate(self, directive: Evaluate) -> Evaluated:
         batches = self._share(directive.split, directive.images)
         if directive.model is not None:
             return self._evaluated(self._snapshot(directive.model).model, batches)
         if directive.within is None:
-            with Gating(self.model, self.graph, directive.gates):
+            with Gating(self.model, self.shrinking.wiring, directive.gates):
                 return self._evaluated(self.model, batches)
         small, graph = self.shrinking.extracted(directive.within)
         self._adjust_trial(small, directive, directive.within)
@@ -229,8 +227,8 @@ class PyTorchAdapter:
             index=self._state_changes,
             forward_macs=self.forward_macs,
             teachers=self.teachers(directive),
-            make_hook=_gating(self.model, self.graph, directive.gates),
-            decay=UnitDecay(self.model, self.graph, directive.decay) if directive.decay else None,
+            make_hook=_gating(self.model, self.shrinking.wiring, directive.gates),
+            decay=UnitDecay(self.model, self.shrinking.wiring, directive.decay) if directive.decay else None,
             average=average,
             first_epoch=self._epochs_done,
             on_epoch_end=self._epoch_ended,
@@ -266,7 +264,7 @@ class PyTorchAdapter:
             notice=self._notice,
         )
         result = self._trainer.train(small, self.settings.training.make_optimizer(small), job)
-        map_back(small, self.model, self.graph, keep)
+        map_back(small, self.model, self.shrinking.wiring, keep)
         self._restart_companions()
         return result
 
@@ -315,20 +313,30 @@ class PyTorchAdapter:
 
     def grow(self, directive: Grow) -> Changed:
         self.shrinking.grow(directive, self._seed)
+        if directive.branches and self.data is not None:
+            batches = self._split("calibration").part(TRIAL_IMAGES)
+            self.processes.by_first(lambda: settle_norms(self.model, directive.branches, batches), self.model)
+            self._restart_companions()
         self._target = None
         self._state_changes += 1
-        return Changed(self.graph, self.plan, UNVERIFIED)
+        return self._changed(UNVERIFIED)
+
+    def merge(self, directive: Merge) -> Changed:
+        verification = self.shrinking.merge(self._seed, verified=self.settings.verify)
+        self._target = None
+        self._state_changes += 1
+        return self._changed(verification)
 
     def remove(self, directive: Remove) -> Changed:
         before, plan = self.graph, self.plan
         keep = before.check_keep(directive.keep)
         if directive.gates:
             for model in (self.model, *self.companions):
-                fold(model, before, directive.gates)
+                fold(model, self.shrinking.wiring, directive.gates)
             self._target = None
         target = self._target = self._target or Remembered(copy.deepcopy(self.model), plan, self.forward_macs)
         verification = self.shrinking.remove(
-            keep, directive.blocks, verified=self.settings.verify, seed=self._seed
+            keep, directive.blocks, directive.kernels, verified=self.settings.verify, seed=self._seed
         )
 
         def adjust() -> float | None:
@@ -344,7 +352,11 @@ class PyTorchAdapter:
         if directive.refit != "none" or directive.recalibrate != "no":
             self._restart_companions()
         self._state_changes += 1
-        return Changed(self.graph, self.plan, verification, refit_from)
+        return self._changed(verification, refit_from)
+
+    def _changed(self, verification: Verification, refit_from: float | None = None) -> Changed:
+        branched = self.forward_macs if self.plan.branches else None
+        return Changed(self.graph, self.plan, verification, refit_from, branched)
 
     def _refit(
         self,
@@ -374,11 +386,7 @@ class PyTorchAdapter:
         if directive.recalibrate == "yes":
             recalibrate(self.model, calibration)
             return None
-        loss = evaluate(self.model, self._split("holdout"), device).loss
-        statistics = recalibrate(self.model, calibration)
-        if evaluate(self.model, self._split("holdout"), device).loss >= loss:
-            statistics.restore()
-        return loss
+        return recalibrate_if_better(self.model, calibration, self._split("holdout"), device)
 
     # ---- snapshot, checkpoint, restore ------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from prunus.adapters.pytorch.attributes import apply_edits
 from prunus.adapters.pytorch.blocks import remove_blocks
+from prunus.adapters.pytorch.branching import replay_branches
 from prunus.adapters.pytorch.catalog import construct
 from prunus.adapters.pytorch.handlers import install_handlers
 from prunus.adapters.pytorch.surgery import reindex
@@ -30,15 +31,16 @@ Builder = Callable[[ModelSource], nn.Module]
 
 
 def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Give the fresh original `model` the shapes, sizes, handlers and missing blocks of `plan`, in place.
+    """Give the fresh original `model` what `plan` says: shapes, sizes, handlers, missing blocks, branches.
 
-    Weights are index-selected: for a plan that only removes, the result is the original with those units
+    In place. Weights are index-selected: for a plan that only removes, the result is the original with those units
     gone. Raises PlanError if the plan is of another model.
     """
     install_handlers(model, plan.handlers)
     reindex(model, plan.indices())
     apply_edits(model, plan.attributes)
     remove_blocks(model, plan.removed_blocks)
+    replay_branches(model, plan.branches)
 
 
 def write_plan(folder: Path, plan: PruningPlan) -> None:

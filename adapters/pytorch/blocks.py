@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from prunus.adapters.pytorch.branches import Branch
 from prunus.adapters.pytorch.comparison import compare, state_of
 from prunus.adapters.pytorch.structural_copy import structural_copy
 from prunus.adapters.pytorch.tracing import Trace
@@ -56,7 +57,7 @@ def inside(path: str, blocks: Collection[str]) -> bool:
 
 
 class BlockGates:
-    """Factors of what blocks add to their input, while their hooks are on a model."""
+    """Factors of what blocks add to their input, and branches to their sum, while their hooks are on a model."""
 
     def __init__(self, model: nn.Module, gates: Mapping[str, float]) -> None:
         """`gates`: block -> factor; 1 leaves the block as it is."""
@@ -69,7 +70,10 @@ class BlockGates:
     def hooks(self) -> Iterator[RemovableHandle]:
         """Registers them; remove the handles to take the gates off."""
         for module, gate in self._gated:
-            yield from _watching(module, lambda x, output, gate=gate: x + gate * (output - x))
+            if isinstance(module, Branch):
+                yield module.register_forward_hook(lambda module, args, output, gate=gate: gate * output)
+            else:
+                yield from _watching(module, lambda x, output, gate=gate: x + gate * (output - x))
 
 
 def _watching(module: nn.Module, change: Any) -> Iterator[RemovableHandle]:

@@ -173,12 +173,13 @@ def _rank(worst: Worst) -> Worst:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode for the block; afterwards every submodule is in the mode it was in."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for submodule, mode in modes:
+            submodule.training = mode

@@ -20,10 +20,21 @@ from prunus.adapters.pytorch.processes import SeveralProcesses
 from prunus.adapters.pytorch.shrinking_model import Origin
 from prunus.adapters.pytorch.signals import MeasuredSignals
 from prunus.core.digest import digest
-from prunus.core.directives import Changed, Evaluate, Evaluated, Grow, Measure, Remove, Snapshot, Train, Trained
+from prunus.core.directives import (
+    Changed,
+    Evaluate,
+    Evaluated,
+    Grow,
+    Measure,
+    Merge,
+    Remove,
+    Snapshot,
+    Train,
+    Trained,
+)
 from prunus.core.errors import JournalError
 
-_DIRECTIVES = ("evaluate", "train", "grow", "remove", "snapshot")
+_DIRECTIVES = ("evaluate", "train", "grow", "merge", "remove", "snapshot")
 
 
 class LeadingAdapter(PyTorchAdapter):
@@ -61,6 +72,10 @@ class LeadingAdapter(PyTorchAdapter):
     def grow(self, directive: Grow) -> Changed:
         self._order("grow", directive)
         return super().grow(directive)
+
+    def merge(self, directive: Merge) -> Changed:
+        self._order("merge", directive)
+        return super().merge(directive)
 
     def remove(self, directive: Remove) -> Changed:
         self._order("remove", directive)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from prunus.adapters.pytorch.batches import Batch
+from prunus.adapters.pytorch.comparison import evaluating
 from prunus.adapters.pytorch.distillation import logits_of
 from prunus.adapters.pytorch.processes import ALONE, Processes
 from prunus.core.directives import Evaluated
 from prunus.core.errors import LoadError, TrainingError
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; afterwards every submodule is in the mode it was in."""
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for submodule, mode in modes:
-            submodule.training = mode
 
 
 @torch.no_grad()

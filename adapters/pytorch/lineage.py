@@ -57,12 +57,12 @@ def spread(
     return result
 
 
-def scattered(model: nn.Module, shapes: Shapes, graph: ChannelGraph, kept: Keep) -> dict[str, Tensor]:
-    """The state of `model`, which keeps `kept` of `graph`, in the full `shapes`.
+def scattered(model: nn.Module, shapes: Shapes, kept: Mapping[Axis, IntArray]) -> dict[str, Tensor]:
+    """The state of `model`, which keeps the indices `kept` of every axis that shrank, in the full `shapes`.
 
-    Places of removed units hold ones: they will be masked, and a one is safe in every norm.
+    Places of what was removed hold ones: they will be masked, and a one is safe in every norm.
     """
-    indices = _by_tensor(graph.kept_indices(kept))
+    indices = _by_tensor(kept)
     return {
         name: _scatter(tensor.detach(), shapes[name], indices[name])
         if name in indices

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from prunus.adapters.pytorch.api import session_of
-from prunus.adapters.pytorch.evaluation import evaluating
+from prunus.adapters.pytorch.comparison import evaluating
 from prunus.adapters.pytorch.handlers import install_handlers
 from prunus.adapters.pytorch.loop_piece import Piece
 from prunus.adapters.pytorch.schedule import total_steps

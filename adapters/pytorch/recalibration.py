@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prunus.adapters.pytorch.batches import Batches
+from prunus.adapters.pytorch.evaluation import evaluate
 from prunus.adapters.pytorch.signals import Batch, images_of, measuring
 
 
@@ -57,3 +59,12 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
         if not buffer.is_floating_point():
             buffer.copy_(values)  # the count of training batches is not ours to change
     return before
+
+
+def recalibrate_if_better(model: nn.Module, batches: Iterable[Batch], holdout: Batches, device: str) -> float:
+    """`recalibrate`, undone unless the loss on `holdout` falls. Returns that loss as it was before."""
+    loss = evaluate(model, holdout, device).loss
+    statistics = recalibrate(model, batches)
+    if evaluate(model, holdout, device).loss >= loss:
+        statistics.restore()
+    return loss

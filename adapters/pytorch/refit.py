@@ -34,9 +34,10 @@ ROWS = 1 << 15
 WIDEST = 6000
 """Inputs of a row up to which the covariance is solved; beyond it `NARROW` rows are, by the dual system."""
 NARROW = 2048
-MEMORY = 4 << 30
-"""Bytes for activations of all images at once; fewer images are used where they do not fit."""
-TARGET_MEMORY = 2 << 30
+MEMORY = 5 << 29
+"""Bytes for activations of all images at once; fewer images are used where they do not fit. With what else a run
+holds, ResNet-50 and ViT-B stay below 6 GiB (benchmarks/results/memory.md)."""
+TARGET_MEMORY = 5 << 28
 """Bytes for the dense model's sampled outputs; fewer positions are used where they do not fit."""
 FOLDS = 2
 """Parts of the images, each of which judges what is fitted to the others."""
@@ -76,7 +77,7 @@ def refit(
     those that do more with their weight than multiply, are left; `Refitted.skipped` names them.
     Raises TrainingError if what reaches a layer is not finite.
     """
-    smaller = kept_indices or len(list(pruned.parameters())) < len(list(dense.parameters()))
+    smaller = _size(pruned) < _size(dense)
     if mode == "none" or not (smaller or survival):
         return Refitted()
     images = _images(pruned, dense, batches)
@@ -87,6 +88,10 @@ def refit(
         else:
             changed = refit_by_channels(dense, layers, images, mode, RIDGE if share is None else share)
     return Refitted(changed, skipped, len(images))
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _images(pruned: nn.Module, dense: nn.Module, batches: Iterable[Batch]) -> Tensor:

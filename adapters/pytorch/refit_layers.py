@@ -98,7 +98,7 @@ def find_layers(
     """The layers that can be refitted, and those with removed inputs that cannot, with the reason."""
     skipped: dict[str, str] = {}
     originals = dict(dense.named_modules())
-    calls, norms = _follow(pruned, images)
+    calls, norms = calls_and_norms(pruned, (images,))
     users: dict[int, int] = {}
     for module in pruned.modules():
         if isinstance(getattr(module, "weight", None), Tensor):
@@ -132,7 +132,9 @@ def find_layers(
     return layers, skipped
 
 
-def _follow(model: nn.Module, images: Tensor) -> tuple[dict[nn.Module, int], dict[nn.Module, nn.Module]]:
+def calls_and_norms(
+    model: nn.Module, args: tuple[Any, ...]
+) -> tuple[dict[nn.Module, int], dict[nn.Module, nn.Module]]:
     """How often each layer runs, and the batch norm that takes a layer's output as it is."""
     calls: dict[nn.Module, int] = {}
     made: list[tuple[Tensor, nn.Module]] = []
@@ -146,7 +148,7 @@ def _follow(model: nn.Module, images: Tensor) -> tuple[dict[nn.Module, int], dic
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         calls[module] = calls.get(module, 0) + 1
         for output, layer in reversed(made):
-            if output is args[0]:
+            if args and output is args[0]:
                 norms[layer] = module
                 return
 
@@ -157,7 +159,7 @@ def _follow(model: nn.Module, images: Tensor) -> tuple[dict[nn.Module, int], dic
         elif isinstance(getattr(module, "running_mean", None), Tensor):
             handles.append(module.register_forward_pre_hook(before))
     try:
-        model(images)
+        model(*args)
     finally:
         for handle in handles:
             handle.remove()

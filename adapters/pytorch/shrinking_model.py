@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,29 @@ from torch import Tensor, nn
 from prunus.adapters.pytorch import surgery
 from prunus.adapters.pytorch.artifact import apply_plan
 from prunus.adapters.pytorch.blocks import inside, remove_blocks
+from prunus.adapters.pytorch.branching import (
+    Exchange,
+    branch_out,
+    branched_convs,
+    branched_graph,
+    drop_branches,
+    extra_macs,
+    merge_branches,
+    scale_branches,
+    verify_merge,
+    with_branches,
+)
 from prunus.adapters.pytorch.inputs import InputSpec
+from prunus.adapters.pytorch.kernels import close_taps, find_kernels
 from prunus.adapters.pytorch.lineage import kept_of, kept_since, scattered, shapes_of
-from prunus.adapters.pytorch.optimizer_state import carry_state, drop_state
+from prunus.adapters.pytorch.optimizer_state import adopt, carry_state, drop_state
 from prunus.adapters.pytorch.structural_copy import structural_copy
 from prunus.adapters.pytorch.tracing import Trace
 from prunus.adapters.pytorch.verification import prepare, verify
 from prunus.core.cost import CostTerm, IntArray
-from prunus.core.directives import Grow, Verification
+from prunus.core.directives import Gates, Grow, Verification
 from prunus.core.graph import ChannelGraph, Keep
-from prunus.core.plan import AttributeEdit, ModelSource, PruningPlan
+from prunus.core.plan import AttributeEdit, Branching, ModelSource, PruningPlan
 
 UNVERIFIED = Verification("skipped", 0.0, 1.0)
 
@@ -40,7 +53,9 @@ class Origin:
 class ShrinkingModel:
     """The model, its graph and plan, and what must change shape with it: optimizer and averages.
 
-    Everything is compared with the traced model, `base`: the original, or the grown one after a growth.
+    Everything is compared with the traced model, `base`: the original, or the grown one after a growth. While
+    convolutions run as branches, plan, graph, base and every comparison are of the merged model; `wiring` is the
+    graph of the model as it runs.
     """
 
     def __init__(
@@ -51,9 +66,13 @@ class ShrinkingModel:
         self.optimizer: torch.optim.Optimizer | None = None
         self.companions: list[nn.Module] = []
         """Moving averages that the user keeps of the model."""
+        self._branch_macs: float | None = 0.0
+        """What branches take beyond the costs of the graph; None if it must be counted again."""
         self._look()
-        self.original_graph = self._prepared.graph.with_floors(min_share, multiple_of)
-        self.base = self.graph = self.original_graph
+        graph = self._prepared.graph.with_floors(min_share, multiple_of)
+        self._norm_after = find_kernels(model, graph, self.origin.input.example(2))
+        self.original_graph = graph.with_kernels(self._norm_after)
+        self.base = self.graph = self.wiring = self._merged_graph = self.original_graph
         provenance = {**origin.provenance, "fingerprint": self.original_graph.fingerprint}
         self.plan = self.base_plan = PruningPlan.begin(origin.source, self.original_graph, provenance).model_copy(
             update={"handlers": dict(self._prepared.handlers)}
@@ -71,29 +90,39 @@ class ShrinkingModel:
 
     @property
     def forward_macs(self) -> float:
-        """MACs of one forward pass of one image."""
-        return self.graph.cost().macs
+        """MACs of one forward pass of one image, through every branch."""
+        if self._branch_macs is None:
+            example = self.origin.input.example(1)
+            inputs = tuple(x.to(self.device) if isinstance(x, Tensor) else x for x in example)
+            self._branch_macs = extra_macs(self.module, inputs)
+        return self.graph.cost().macs + self._branch_macs
 
     def add_terms(self, terms: Iterable[CostTerm]) -> None:
         """Further cost terms (latency) for the original graph and all that descend from it.
 
         Must come before anything is changed.
         """
-        self.base = self.graph = self.original_graph = self.original_graph.with_terms(terms)
+        self.original_graph = self.original_graph.with_terms(terms)
+        self.base = self.graph = self.wiring = self._merged_graph = self.original_graph
 
-    def cut(self, model: nn.Module, keep: Keep) -> tuple[list[AttributeEdit], surgery.Changes]:
-        """Remove everything but `keep` from `model`, which has the current shape: this one, or a copy."""
+    def cut(
+        self, model: nn.Module, keep: Keep, kernels: Collection[str] = ()
+    ) -> tuple[list[AttributeEdit], surgery.Changes]:
+        """Remove everything but `keep`, and all taps but one of `kernels`, from `model`.
+
+        It has the current shape: this one, or a copy.
+        """
         before = self.plan.kept_counts
         after = {**before, **{name: len(units) for name, units in keep.items()}}
         edits = self._prepared.bindings.edits(before, after)
         edits = [edit for edit in edits if not inside(edit.module, self.plan.removed_blocks)]
-        return edits, surgery.remove(model, self.graph, keep, edits)
+        return edits, surgery.remove(model, self.wiring, keep, edits, kernels)
 
     def extracted(self, keep: Keep) -> tuple[nn.Module, ChannelGraph]:
-        """A copy that keeps `keep` alone, and its graph."""
+        """A copy that keeps `keep` alone, and the graph of it as it runs."""
         small = copy.deepcopy(self.module)
         self.cut(small, keep)
-        return small, self.graph.restrict(keep)
+        return small, self.wiring.restrict(keep)
 
     def narrowed(self, keep: Keep) -> nn.Module:
         """A copy that keeps `keep` alone and may share tensors with this model: to be looked at, not trained."""
@@ -102,35 +131,123 @@ class ShrinkingModel:
         return small
 
     def remove(
-        self, keep: Mapping[str, IntArray], blocks: Sequence[str] = (), *, verified: bool, seed: int
+        self,
+        keep: Mapping[str, IntArray],
+        blocks: Sequence[str] = (),
+        kernels: Sequence[str] = (),
+        *,
+        verified: bool,
+        seed: int,
     ) -> Verification:
         """Remove everything but `keep`, a checked plan for the current graph, and `blocks` as a whole.
 
-        Optimizer and averages follow.
+        Of `kernels` one tap stays. Optimizer and averages follow.
 
         Raises VerificationError if the result is not the masked model (law 1).
         """
-        reference = scattered(self.module, self._shapes, self.base, kept_of(self.plan)) if verified else None
-        edits, changes = self.cut(self.module, keep)
+        branches = [name for name in blocks if self.graph.block(name).of is not None]
+        if branches:
+            self._exchange(lambda model: (drop_branches(model, branches), []))
+            blocks = [name for name in blocks if name not in branches]
+        reference = self._reference(kernels) if verified else None
+        narrow = self._narrow()
+        edits, changes = self.cut(self.module, keep, kernels)
         gone = remove_blocks(self.module, blocks)
         for companion in self.companions:
-            self.cut(companion, keep)
+            self.cut(companion, keep, kernels)
             remove_blocks(companion, blocks)
         if self.optimizer is not None:
             carry_state(self.optimizer, changes)
             drop_state(self.optimizer, gone)
-        self.plan = self.plan.after_removal(self.graph, keep, edits, blocks=blocks)
-        self.graph = self.graph.restrict(keep).without_blocks(blocks)
+        reduced = [*kernels, *narrow]
+        merged = self._merged_graph
+        self.plan = self.plan.after_removal(merged, keep, edits, blocks=blocks, kernels=reduced)
+        self._become(merged.restrict(keep).without_kernels(reduced).without_blocks(blocks))
         if reference is None:
             return UNVERIFIED
-        example = self.origin.input.example(2, seed=seed)
-        inputs = tuple(x.to(self.device) if isinstance(x, Tensor) else x for x in example)
         without = self.plan.removed_blocks
-        return verify(self.module, self._prepared, reference, kept_of(self.plan), inputs, without=without)
+        return verify(
+            self.merged()[0], self._prepared, reference, kept_of(self.plan), self._inputs(seed), without=without
+        )
+
+    def _reference(self, kernels: Sequence[str]) -> dict[str, Tensor]:
+        """The merged state in the shapes of the base; of `kernels`, and those reduced before, one tap is not 0."""
+        reduced = [*self.plan.reduced(self.base), *self._narrow()]
+        indices = {**self.base.kept_indices(kept_of(self.plan)), **self.base.kernel_indices(reduced)}
+        state = scattered(self.merged()[0], self._shapes, indices)
+        present = [name for name in (*reduced, *kernels) if self.base.kernel(name).tensor in state]
+        close_taps(state, self.base, present)
+        return state
+
+    def _narrow(self) -> list[str]:
+        """Convolutions whose branches have come to see one tap alone."""
+        convs, kernels = branched_convs(self.module), self._merged_graph.kernels
+        return [name for name, conv in convs.items() if conv.merged_size == 1 and name in kernels]
+
+    def _inputs(self, seed: int) -> tuple[Any, ...]:
+        example = self.origin.input.example(2, seed=seed)
+        return tuple(x.to(self.device) if isinstance(x, Tensor) else x for x in example)
+
+    # ---- branches ---------------------------------------------------------------------------------
+
+    def branch(self, names: Sequence[str], seed: int) -> None:
+        """Let the convolutions `names` run as branches; what the model computes in eval mode stays."""
+        found = {kernel.name: (kernel, norm) for kernel, norm in self._norm_after.items()}
+        branchings = {}
+        for name in names:
+            kernel, norm = found[name]
+            conv = self.module.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
+            branchings[name] = Branching(
+                kinds=list(kernel.branches), inner=conv.in_channels, norm=norm if conv.bias is None else None
+            )
+        self._exchange(lambda model: branch_out(model, branchings, seed))
+
+    def merge(self, seed: int, *, verified: bool) -> Verification:
+        """Put one convolution in the place of all its branches. Raises VerificationError if they differ."""
+        before = copy.deepcopy(self.module) if verified else None
+        self._exchange(merge_branches)
+        return UNVERIFIED if before is None else verify_merge(before, self.module, self._inputs(seed))
+
+    def _exchange(self, change: Callable[[nn.Module], Exchange]) -> None:
+        for companion in self.companions:
+            change(companion)
+        gone, new = change(self.module)
+        if self.optimizer is not None:
+            adopt(self.optimizer, new)
+            drop_state(self.optimizer, gone)
+        self._become(self._merged_graph)
+
+    def _become(self, graph: ChannelGraph) -> None:
+        """`graph`, that of the merged model, is what there is now; the branches are those of the module."""
+        convs = branched_convs(self.module)
+        self.plan = self.plan.branched({name: conv.branching for name, conv in convs.items()})
+        self._merged_graph = graph
+        self.wiring = branched_graph(graph, self.module)
+        self.graph = with_branches(graph, self.wiring) if convs else graph
+        self._branch_macs = None if convs else 0.0
+
+    def merged(self, gates: Gates | None = None) -> tuple[nn.Module, Gates | None]:
+        """The model with its branches merged, itself or a copy; and those of `gates` that are not in it yet."""
+        if not self.plan.branches:
+            return self.module, gates
+        merged = copy.deepcopy(self.module)
+        branches = {name for name, block in self.graph.blocks.items() if block.of is not None}
+        scale_branches(merged, {name: float(g[0]) for name, g in (gates or {}).items() if name in branches})
+        merge_branches(merged)
+        return merged, gates and {name: g for name, g in gates.items() if name not in branches}
+
+    # ---- growth -----------------------------------------------------------------------------------
 
     def grow(self, directive: Grow, seed: int) -> None:
-        """Widen groups without changing the function. Raises PlanError if it has changed already."""
+        """Widen groups, or branch convolutions, without changing the function.
+
+        Raises PlanError if the model has another shape than the original.
+        """
         self.plan.check_growable()
+        if directive.branches:
+            self.branch(directive.branches, seed)
+            return
         before, counts = self.graph, {**self.graph.units, **directive.widths}
         edits = self._prepared.bindings.edits(before.units, counts)
         for model in (*self.companions, self.module):
@@ -147,7 +264,7 @@ class ShrinkingModel:
         self.module.to("cpu")
         self._look()
         self.module.to(self.device)
-        self.base = self.graph = graph
+        self.base = self.graph = self.wiring = self._merged_graph = graph
         self.base_plan = self.plan
 
     def since(self, earlier: PruningPlan, later: PruningPlan) -> tuple[ChannelGraph, dict[str, IntArray]]:
@@ -155,7 +272,8 @@ class ShrinkingModel:
         return self._graph_of(earlier), kept_since(earlier, later)
 
     def _graph_of(self, plan: PruningPlan) -> ChannelGraph:
-        return self.base.restrict(kept_of(plan)).without_blocks(plan.removed_blocks)
+        graph = self.base.restrict(kept_of(plan)).without_blocks(plan.removed_blocks)
+        return graph.without_kernels(name for name in plan.reduced(self.base) if name in graph.kernels)
 
     def become(self, base_plan: PruningPlan, module: nn.Module, plan: PruningPlan) -> None:
         """Go on as `module`, whose plan is `plan`; `base_plan` tells how the original was grown before."""
@@ -164,4 +282,4 @@ class ShrinkingModel:
             apply_plan(self.module, base_plan)
             self._rebase(self.original_graph.widen(base_plan.grow)[0])
         self.module, self.plan, self.optimizer = module, plan, None
-        self.graph = self._graph_of(plan)
+        self._become(self._graph_of(plan))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prunus.adapters.pytorch.blocks import BlockChanges
+from prunus.adapters.pytorch.comparison import evaluating
 from prunus.adapters.pytorch.covariance import Moments
-from prunus.adapters.pytorch.evaluation import evaluating
 from prunus.adapters.pytorch.gates import named_tensors
 from prunus.adapters.pytorch.gating import Gating
 from prunus.adapters.pytorch.processes import ALONE, Processes
@@ -47,6 +47,7 @@ class MeasuredSignals:
         gates: Mapping[str, FloatArray] | None = None,
         budget: int = BUDGET,
         processes: Processes = ALONE,
+        more: nn.Module | None = None,
     ) -> None:
         self.signals = signals
         self.announce: Callable[[tuple[str, ...]], None] = lambda names: None
@@ -54,7 +55,7 @@ class MeasuredSignals:
         self._processes = processes
         self._model, self._graph, self._batches, self._gates = model, graph, batches, gates
         self._stored: dict[tuple[Signal, str], FloatArray] = {}
-        self._tensors = named_tensors(model)
+        self._tensors = named_tensors(model) if more is None else named_tensors(more) | named_tensors(model)
         self._full = Signal.ACTIVATION_COVARIANCE in signals
         self._readers = _readers(model, graph, self._tensors) if signals & ACTIVATIONS else {}
         widths = {name: int(self._tensors[name].shape[1]) for name in self._readers}
@@ -137,7 +138,8 @@ class MeasuredSignals:
 
     def store_block_changes(self) -> None:
         """One forward pass over the batches."""
-        changes = BlockChanges(self._model, tuple(self._graph.blocks))
+        residual = tuple(name for name, block in self._graph.blocks.items() if block.of is None)
+        changes = BlockChanges(self._model, residual)
         gating = Gating(self._model, self._graph, self._gates)
         with measuring(self._model), gating, changes.watching(), torch.no_grad():
             for batch in self._batches:
@@ -162,17 +164,18 @@ def measure(
     gates: Mapping[str, FloatArray] | None = None,
     budget: int = BUDGET,
     processes: Processes = ALONE,
+    more: nn.Module | None = None,
 ) -> MeasuredSignals:
     """Collects `signals` of `model` in evaluation mode, in the precision of its weights, outside autocast.
 
     `batches` is iterated once for the gate signals and once for each chunk of activation statistics whose
     covariances fit into `budget` bytes. `loss_fn(outputs, labels)` is the mean loss of a batch. `gates`
-    are on while measuring. `batches` are this process's share of those of `processes`. Raises ConfigError
-    if labels or a loss are needed and missing.
+    are on while measuring. `batches` are this process's share of those of `processes`. Weights that `model` has
+    not are those of `more`. Raises ConfigError if labels or a loss are needed and missing.
     """
     if signals & NEEDS_LABELS and loss_fn is None:
         raise ConfigError("gate gradients need a loss function and labelled batches")
-    measured = MeasuredSignals(model, graph, batches, signals, gates, budget, processes)
+    measured = MeasuredSignals(model, graph, batches, signals, gates, budget, processes, more)
     if signals & NEEDS_LABELS and loss_fn is not None:
         measured.store_gate_signals(loss_fn)
     if Signal.BLOCK_CHANGE in signals:

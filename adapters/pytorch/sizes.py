@@ -56,6 +56,11 @@ def _convolution(module: Any, edits: Edits) -> None:
         module.in_channels, module.out_channels = first, second * module.groups
     else:
         module.in_channels, module.out_channels = second * module.groups, first
+    if any(axis > 1 for axis in indices):  # fewer taps, as many positions
+        old, module.kernel_size = module.kernel_size, tuple(module.weight.shape[2:])
+        module.padding = tuple(
+            p - (o - n) // 2 for p, o, n in zip(module.padding, old, module.kernel_size, strict=True)
+        )
 
 
 def _linear(module: Any, edits: Edits) -> None:

@@ -7,7 +7,7 @@ optimizer state and averaged weights can follow (`optimizer_state`). Everything 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,8 @@ from prunus.adapters.pytorch.attributes import apply_edits
 from prunus.adapters.pytorch.sizes import follow_tensors
 from prunus.core.cost import IntArray
 from prunus.core.errors import PlanError
-from prunus.core.graph import Axis, ChannelGraph, Growth, Keep
+from prunus.core.graph import Axis, ChannelGraph, Keep
+from prunus.core.growth import Growth
 from prunus.core.plan import AttributeEdit
 
 NOISE = 1e-2
@@ -105,13 +106,15 @@ def remove(
     graph: ChannelGraph,
     keep: Keep,
     edits: Iterable[AttributeEdit] = (),
+    kernels: Collection[str] = (),
 ) -> Changes:
     """Removes from `model`, in place, every unit of `graph` that is not in `keep`; then applies `edits`.
 
-    Groups not named in `keep` stay whole. Raises PlanError if `keep` breaks a rule of the graph.
+    Groups not named in `keep` stay whole; of `kernels` the centre tap stays. Raises PlanError if `keep` or
+    `kernels` break a rule of the graph.
     """
     graph.check_keep(keep)
-    changes = reindex(model, graph.kept_indices(keep))
+    changes = reindex(model, {**graph.kept_indices(keep), **graph.kernel_indices(kernels)})
     apply_edits(model, edits)
     return changes
 

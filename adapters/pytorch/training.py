@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from prunus.adapters.pytorch.averaging import WeightAverage
 from prunus.adapters.pytorch.batches import Batch, TrainBatches
+from prunus.adapters.pytorch.comparison import evaluating
 from prunus.adapters.pytorch.compilation import Compiled
 from prunus.adapters.pytorch.distillation import Teacher
-from prunus.adapters.pytorch.evaluation import evaluating
 from prunus.adapters.pytorch.optimizers import TrainingSettings, channels_last
 from prunus.adapters.pytorch.processes import ALONE, Processes
 from prunus.adapters.pytorch.schedule import Epoch, epoch_seed, epochs_of, total_steps

@@ -17,19 +17,19 @@ class UnitDecay:
     """Shrinks writing and reading weights: W <- W (1 - lr * rate), decoupled from the gradient.
 
     An index of an axis decays at the sum of its units' rates, a weight at the sum over its axes. Vectors
-    (norms and biases) do not decay, as with plain weight decay.
+    (norms and biases) do not decay, as with plain weight decay; but for the norm that ends a branch: its scale
+    and shift are what the branch adds, whatever its kernel is, and decay at the branch's own rate.
     """
 
     def __init__(self, module: nn.Module, graph: ChannelGraph, rates: Mapping[str, FloatArray]) -> None:
-        """`rates`: group -> (units,), at least 0; groups not named have rate 0. Raises PlanError."""
+        """`rates`: group -> (units,), branch -> (1,), at least 0; what is not named has 0. Raises PlanError."""
+        branches = {name for name, block in graph.blocks.items() if block.of is not None}
         for name, values in rates.items():
-            group = graph.groups.get(name)
-            if group is None:
+            if name not in graph.groups and name not in branches:
                 raise PlanError(f"unknown channel group {name!r}", group=name)
-            if np.shape(values) != (group.units,) or not np.isfinite(values).all() or np.min(values) < 0:
-                raise PlanError(
-                    f"the decay of group {name!r} must be {group.units} finite rates of at least 0", group=name
-                )
+            units = graph.groups[name].units if name in graph.groups else 1
+            if np.shape(values) != (units,) or not np.isfinite(values).all() or np.min(values) < 0:
+                raise PlanError(f"the decay of {name!r} must be {units} finite rates of at least 0", group=name)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         totals: dict[int, tuple[Tensor, Tensor]] = {}
         for (tensor, axis), pieces in graph.slices_of.items():
@@ -46,6 +46,10 @@ class UnitDecay:
                 along = torch.as_tensor(rate, dtype=weight.dtype, device=weight.device).view(shape)
                 earlier = totals.get(id(weight))
                 totals[id(weight)] = (weight, along if earlier is None else earlier[1] + along)
+        for name in branches & rates.keys():
+            of_branch = torch.as_tensor(float(rates[name][0]))
+            vectors = [parameters[f"{name}.norm.{part}"] for part in ("weight", "bias")]
+            totals.update((id(vector), (vector, of_branch.to(vector))) for vector in vectors)
         self._weights = [weight for weight, _ in totals.values()]
         self._rates = [rate for _, rate in totals.values()]
 

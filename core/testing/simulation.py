@@ -28,6 +28,7 @@ from prunus.core.directives import (
     Gates,
     Grow,
     Measure,
+    Merge,
     Observation,
     Remove,
     Snapshot,
@@ -163,6 +164,8 @@ class SimulatedAdapter:
                 return self.evaluate(directive)
             case Grow():
                 return self.grow(directive)
+            case Merge():
+                return self.merge(directive)
             case Remove():
                 return self.remove(directive)
             case Snapshot():
@@ -265,6 +268,9 @@ class SimulatedAdapter:
                 weights[piece.tensor] = weights[piece.tensor] * ((1 + even) / shared)[piece.unit_of]
         self._state = _State(weights, graph, plan)
         return Changed(graph, plan, self._verified(state, self._state, None))
+
+    def merge(self, directive: Merge) -> Changed:
+        raise PlanError("a multilayer perceptron has no convolutions, and so no branches to merge")
 
     def remove(self, directive: Remove) -> Changed:
         before = self._state

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -163,27 +164,26 @@ def test_what_is_no_plain_data_has_no_digest() -> None:
         digest({"x": object()})
 
 
-def _hold(folder: Path, ready: object, done: object) -> None:
-    with RunLock(folder):
-        ready.set()  # type: ignore[attr-defined]
-        done.wait(20)  # type: ignore[attr-defined]
+HOLDER = """
+import sys
+from pathlib import Path
+from prunus.core.run_lock import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("holding", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_second_process_on_a_folder_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    holder = context.Process(target=_hold, args=(tmp_path, ready, done))
-    holder.start()
-    try:
-        assert ready.wait(20)
+    words = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "holding\n"
         with (
             pytest.raises(JournalError, match=rf"in use by another process \(pid {holder.pid}\)"),
             RunLock(tmp_path),
         ):
             pass
-    finally:
-        done.set()
-        holder.join()
+        holder.communicate(timeout=20)  # the end of its input lets it go
     with RunLock(tmp_path):
         pass
 

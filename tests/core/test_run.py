@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prunus.core import plan as plan_module
+from prunus.core.blocks import Block
 from prunus.core.checkpoints import Checkpoints
 from prunus.core.directive_rules import DirectiveRules
 from prunus.core.directives import (
+    Changed,
     Directive,
     Evaluate,
     Evaluated,
     Grow,
     Measure,
+    Merge,
     Note,
     Observation,
     Remove,
@@ -27,7 +31,9 @@ from prunus.core.directives import (
     Trained,
 )
 from prunus.core.errors import JournalError, PluginError
+from prunus.core.graph import ChannelGraph
 from prunus.core.journal import Journal
+from prunus.core.kernels import Kernel
 from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 from prunus.core.run import MAX_IDLE, Preamble, execute
@@ -415,10 +421,57 @@ def test_a_block_goes_once_and_its_gate_is_one_number_that_no_removal_folds() ->
     rules.check(Evaluate(gates={"block1": np.zeros(1), "inner0": np.ones(6)}))
     rules.check(Remove({}, blocks=("block1", "block0")))
     for wrong, message in (
-        (Remove({}, blocks=("block1", "block1")), "a block goes once"),
+        (Remove({}, blocks=("block1", "block1")), "Remove.blocks says each name once"),
         (Evaluate(gates={"block1": np.zeros(2)}), "one number per unit"),
         (Remove({}, gates={"block1": np.zeros(1)}), "There is no 'block1'"),
         (Train(epochs=1, decay={"block1": np.zeros(1)}), "There is no 'block1'"),
     ):
         with pytest.raises(PluginError, match=message):
             rules.check(wrong)
+
+
+def test_branches_are_merged_before_a_refit_and_one_of_them_stays() -> None:
+    kernels = [Kernel("block0.conv1", "block0.conv1.weight", 3, ("kernel", "point"))]
+    graph = residual_graph(8, [6, 4]).with_kernels(kernels)
+    task = dataclasses.replace(SimulatedAdapter(samples=128, dense_epochs=1).task("macs=50%"), graph=graph)
+    rules = DirectiveRules("guilty", task, graph)
+    rules.check(Grow({}, branches=("block0.conv1",)))
+    rules.check(Remove({}, kernels=("block0.conv1",)))
+    branches = [Block(f"block0.conv1.{kind}", frozenset({kind}), frozenset(), "block0.conv1") for kind in "ab"]
+    graph = residual_graph(8, [6, 4])
+    branched = ChannelGraph(graph.groups.values(), graph.terms, graph.tensors, [*graph.blocks.values(), *branches])
+    running = DirectiveRules("guilty", task, branched)
+    running.check(Merge())
+    running.check(Remove({}, blocks=("block0.conv1.a",)))
+    running.check(Train(epochs=1, decay={"block0.conv1.a": np.ones(1)}))
+    for judge, wrong, message in (
+        (rules, Merge(), "Merge needs branches"),
+        (rules, Grow({}, branches=("block1.conv1",)), "kernels of the graph that can run as branches"),
+        (rules, Grow({"inner0": 8}, branches=("block0.conv1",)), "not both at once"),
+        (rules, Remove({}, kernels=("block1.conv1",)), "There is no 'block1.conv1'"),
+        (
+            running,
+            Remove({}, blocks=("block0.conv1.a",), refit="sequential"),
+            "merged before anything",
+        ),
+        (
+            running,
+            Remove({}, blocks=("block0.conv1.a", "block0.conv1.b")),
+            "one branch of every",
+        ),
+    ):
+        with pytest.raises(PluginError, match=message):
+            judge.check(wrong)
+
+
+def test_a_plan_that_still_has_branches_is_refused() -> None:
+    class Branching(SimulatedAdapter):
+        def remove(self, directive: Remove) -> Changed:
+            changed = super().remove(directive)
+            running = {"conv": plan_module.Branching(kinds=["kernel"], inner=0, norm=None)}
+            return dataclasses.replace(changed, plan=changed.plan.branched(running))
+
+    adapter = Branching(samples=128, dense_epochs=1)
+    policy = _policy(Remove({"h0": list(range(8)), "h1": list(range(8))}))
+    with pytest.raises(PluginError, match="'conv' still runs as branches"):
+        execute(policy, adapter.task("params=90%"), adapter, plugin="guilty", events=Recorder())
