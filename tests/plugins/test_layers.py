@@ -1,0 +1,98 @@
+"""Whole layers beside channels in one search: exact costs, one threshold, no kernel of a block that is gone."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from prunus.core.budget import Budget, Target
+from prunus.core.graph import ChannelGraph
+from prunus.core.kernels import Kernel
+from prunus.core.signals import Signal
+from prunus.core.testing.graphs import residual_graph
+from prunus.plugins.annealing import Lattice
+from prunus.plugins.energies import Energies
+from prunus.plugins.layers import Choice, LayerEvidence, with_layers
+
+
+def _graph() -> ChannelGraph:
+    graph = residual_graph(8, [6, 4])
+    names = [f"block{k}.conv{i}" for k in range(2) for i in (1, 2)]
+    return graph.with_kernels(Kernel(name, f"{name}.weight", 3) for name in ("stem", *names))
+
+
+class Measured:
+    """Weights drawn at random, activations of variance 1, blocks that add as much as told."""
+
+    signals = frozenset({Signal.WEIGHT, Signal.BLOCK_CHANGE})
+
+    def __init__(self, graph: ChannelGraph, weights: dict[str, np.ndarray], added: dict[str, float]) -> None:
+        rng = np.random.default_rng(0)
+        self._weights = {name: rng.normal(size=shape) for name, shape in graph.tensors.items()} | weights
+        self._added = added
+
+    def read(self, signal: Signal, name: str) -> np.ndarray:
+        return np.array([self._added[name], 0.0]) if signal is Signal.BLOCK_CHANGE else self._weights[name]
+
+    def has(self, signal: Signal, name: str) -> bool:
+        return signal is Signal.WEIGHT and name in self._weights
+
+
+def test_the_cost_of_every_choice_of_layers_is_that_of_the_graph_without_them() -> None:
+    graph = _graph()
+    choice = Choice.of(graph, "all")
+    assert "stem.kernel" not in choice.kernels  # what it reads is the image
+    space = with_layers(graph, choice)
+    assert space.cost() == graph.cost()
+    assert space.cost_model.groups[-len(choice.names) :] == choice.names
+    for kept in itertools.product((0, 1), repeat=len(choice.names)):
+        keep = {name: np.arange(count) for name, count in zip(choice.names, kept, strict=True)}
+        blocks, kernels = choice.gone(keep, graph)
+        widths = {"stream": 5, "inner0": 3, "inner1": 2}
+        foretold = space.cost({**widths, **dict(zip(choice.names, kept, strict=True))})
+        rest = graph.without_kernels(kernels).without_blocks(blocks)
+        assert foretold == rest.cost({name: n for name, n in widths.items() if name in rest.groups})
+        assert not any(kernel.startswith(block) for kernel in kernels for block in blocks)
+
+
+def test_branches_are_no_layers() -> None:
+    assert Choice.of(_graph(), "none").names == ()
+    assert set(Choice.of(_graph(), "blocks").names) == {"block0", "block1"}
+    assert set(Choice.of(_graph(), "kernels").kernels.values()) == set(_graph().kernels) - {"stem"}
+
+
+def test_a_layer_that_carries_more_is_worth_more() -> None:
+    graph = _graph()
+    point = np.random.default_rng(1).normal(size=(6, 8, 3, 3))
+    hollow = np.zeros_like(point)
+    hollow[:, :, 1, 1] = point[:, :, 1, 1]
+    choice = Choice.of(graph, "all")
+    survival = {name: np.ones(group.units) for name, group in graph.prunable.items()}
+    found = {}
+    for name, weight in (("full", point), ("hollow", hollow)):
+        measured = Measured(graph, {"block0.conv1.weight": weight}, {"block0": 0.02, "block1": 0.5})
+        energies = Energies(graph, measured, "weight")
+        energies.at(survival)
+        found[name] = LayerEvidence(graph, choice, measured).at(energies, survival, 0.05, 4.0)
+    assert found["hollow"]["block0.conv1.kernel"] == 0.0 < found["full"]["block0.conv1.kernel"]
+    # eight channels, each by log(1 + energy / noise)
+    assert found["full"]["block1"] == pytest.approx(8 * np.log1p(0.5 / 0.05))
+    assert found["full"]["block0"] == pytest.approx(8 * np.log1p(0.02 / 0.05))
+
+
+def test_a_layer_is_worth_as_many_units_as_it_saves() -> None:
+    graph = _graph()
+    choice = Choice.of(graph, "blocks")
+    lattice = Lattice(with_layers(graph, choice), Budget.resolve([Target.parse("macs=50%")], graph.cost()))
+    ones = np.ones_like(lattice.even())
+    worth = lattice.worth(ones, choice.names)
+    saved = {name: graph.cost().macs - graph.without_blocks([name]).cost().macs for name in choice.names}
+    assert worth["block0"] / worth["block1"] == pytest.approx(saved["block0"] / saved["block1"])
+    per_unit = [
+        graph.cost().macs - graph.cost({name: group.units - 1}).macs
+        for name, group in graph.prunable.items()
+        for _ in range(group.units)
+    ]
+    assert worth["block0"] == pytest.approx(saved["block0"] / np.mean(per_unit), rel=1e-6)
