@@ -1,6 +1,6 @@
 """What gates cost: a training step with every unit gated against the plain step, interleaved, medians.
 
-    python benchmarks/gates.py [--steps 30] [--batch 128]
+    python benchmarks/gates.py [--steps 30] [--batch 128] [--model NAME --size PIXELS]
 
 Plain and gated steps alternate, so that a machine's moods hit both alike; the ratios are those of medians,
 of wall-clock time and of processor time (which other processes disturb less).
@@ -76,10 +76,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--model", help="one model instead of the usual two")
+    parser.add_argument("--size", type=int, default=224, help="side of its images")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    for name, size in MODELS:
+    for name, size in ((given.model, given.size),) if given.model else MODELS:
         print(measure(name, size, given.batch, given.steps), flush=True)
 
 
