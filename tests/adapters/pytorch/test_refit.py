@@ -94,6 +94,7 @@ def error(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> float:
         return float((model(x) - dense(x)).square().mean())
 
 
+WRITER: tuple[tuple[str, Role], ...] = (("weight", "writes"), ("bias", "scales"))
 KEEP = {"first.weight": [0, 2, 3, 5, 6], "second.weight": [0, 2]}
 
 
@@ -150,6 +151,43 @@ def test_channels_that_are_combinations_of_kept_ones_are_recovered_exactly(batch
         inside = torch.cat(batches)
         with torch.no_grad():
             torch.testing.assert_close(model(inside), dense(inside), rtol=1e-4, atol=1e-4)
+
+
+class Stream(nn.Module):
+    """A residual stream with two writers and three readers: convolutions of two sizes, and the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.back = nn.Conv2d(3, 6, 1), nn.Conv2d(5, 6, 1)
+        self.into, self.aside = nn.Conv2d(6, 5, 3, padding=1, bias=False), nn.Conv2d(6, 4, 3, bias=False)
+        self.into_norm, self.head = nn.BatchNorm2d(5), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.stem(x)
+        stream = stream + self.back(torch.relu(self.into_norm(self.into(stream))))
+        return self.head(stream.mean((2, 3))) + self.aside(stream).mean((2, 3))
+
+
+def test_every_reader_of_a_residual_stream_makes_up_for_the_channel_that_left_it(batches: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    dense = Stream().double().eval()
+    with torch.no_grad():  # a combination of others in all that writes it, so in the stream itself
+        for writer in (dense.stem, dense.back):
+            for tensor in (writer.weight, writer.bias):
+                tensor[5] = tensor[0] - 2 * tensor[2]
+        dense.stem.bias.zero_()  # the border of `into` is padded with zeros
+    written = [piece(f"{name}.{t}", 0, role, 6) for name in ("stem", "back") for t, role in WRITER]
+    readers = [piece(f"{name}.weight", 1, "reads", 6) for name in ("into", "aside", "head")]
+    shapes = {name: tuple(t.shape) for name, t in dense.state_dict().items() if t.dim()}
+    graph = ChannelGraph([ChannelGroup("stem.weight", 6, (*written, *readers))], [], shapes)
+    keep = {"stem.weight": [0, 1, 2, 3, 4]}
+    for mode in ("least-squares", "sequential"):
+        model = copy.deepcopy(dense)
+        remove(model, graph, keep)
+        assert error(model, dense, batches) > 1e-3
+        done = refit(model, dense, graph, graph.kept_indices(keep), batches, mode, share=1e-10)
+        assert {"into", "aside", "head"} <= set(done.layers)
+        assert error(model, dense, batches) < 1e-10
 
 
 def test_least_squares_moves_weights_by_the_regression_of_removed_on_kept_channels(
