@@ -93,6 +93,7 @@ class MeasuredSignals:
 
     def collect(self, names: tuple[str, ...]) -> None:
         """One forward pass over the batches, which keeps what reaches the readers `names`."""
+        self._collected = {}  # the readers before, which take as much memory again
         moments: dict[str, Moments] = {}
         handles = []
         for name in names:
@@ -108,8 +109,8 @@ class MeasuredSignals:
         finally:
             for handle in handles:
                 handle.remove()
-        merged = {name: self._processes.merge(m) for name, m in moments.items()}
-        self._collected = {name: _activations(name, m) for name, m in merged.items()}
+        for name in names:  # one by one: sums make room for what is made of them
+            self._collected[name] = _activations(name, self._processes.merge(moments.pop(name)))
 
     def store_gate_signals(self, loss_fn: Loss) -> None:
         """One backward pass over the batches. Raises TrainingError if a derivative is not finite."""

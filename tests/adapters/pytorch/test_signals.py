@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -148,6 +149,19 @@ def test_a_small_budget_changes_the_passes_and_not_the_result(
         for signal in (Signal.ACTIVATION_MEAN, Signal.ACTIVATION_COVARIANCE):
             np.testing.assert_array_equal(roomy.read(signal, name), tight.read(signal, name))
         assert set(tight._collected) == {name}
+
+
+def test_the_covariances_of_one_pass_are_gone_before_the_next_is_made(
+    model: Small, graph: ChannelGraph, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    reader = measure(model, graph, batches, EVERYTHING, F.cross_entropy, budget=1)
+    first = weakref.ref(reader.read(Signal.ACTIVATION_COVARIANCE, "grouped.weight"))
+    assert first() is not None
+    gone: list[bool] = []
+    handle = model.register_forward_pre_hook(lambda *args: gone.append(first() is None))
+    reader.read(Signal.ACTIVATION_COVARIANCE, "head.weight")
+    handle.remove()
+    assert gone and all(gone)
 
 
 def test_arrays_are_read_only_double_precision_copies(
