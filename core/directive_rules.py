@@ -126,6 +126,9 @@ class DirectiveRules:
             self._require(directive.model in known, f"a model is one of {sorted(known)}", directive.model)
         self._gates(directive.gates, "gates", 2.0, self.graph.blocks)
         self._keep(directive.within, "within")
+        self._layers(directive)
+        if directive.within is None and (directive.blocks or directive.kernels):
+            self._fail("blocks and kernels go from a sub-network", "Evaluate.within is None.")
 
     def _grow(self, directive: Grow) -> None:
         self._number(directive.noise, "Grow.noise", 0.0, 1.0)
@@ -154,14 +157,7 @@ class DirectiveRules:
             self._fail("without data nothing can be refitted", f"It asked for refit={directive.refit!r}.")
         self._require(directive.images >= 1, "images >= 1", directive.images)
         self._keep(directive.keep, "keep")
-        self._names(directive.blocks, "Remove.blocks")
-        for name in directive.blocks:
-            if name not in self.graph.blocks:
-                self._fail("Remove.blocks names blocks of the current graph", f"There is no {name!r}.")
-        self._names(directive.kernels, "Remove.kernels")
-        for name in directive.kernels:
-            if name not in self.graph.kernels:
-                self._fail("Remove.kernels names kernels of the current graph", f"There is no {name!r}.")
+        self._layers(directive)
         for name, branches in self._branched().items():
             if branches <= set(directive.blocks):
                 self._fail("one branch of every convolution stays", f"All of {name!r} would go.")
@@ -171,6 +167,17 @@ class DirectiveRules:
             )
         self._gates(directive.gates, "gates", 2.0)
         self._gates(directive.survival, "survival", 1.0)
+
+    def _layers(self, directive: Remove | Evaluate) -> None:
+        kind = type(directive).__name__
+        for what, names, known in (
+            ("blocks", directive.blocks, self.graph.blocks),
+            ("kernels", directive.kernels, self.graph.kernels),
+        ):
+            self._names(names, f"{kind}.{what}")
+            for name in names:
+                if name not in known:
+                    self._fail(f"{kind}.{what} names {what} of the current graph", f"There is no {name!r}.")
 
     def _branched(self) -> dict[str, set[str]]:
         """Convolution -> its branches that are left."""

@@ -83,6 +83,10 @@ class Evaluate:
     gates: Gates | None = None
     within: Keep | None = None
     """Evaluate the extracted sub-network (refitted as `refit` says) and throw it away."""
+    blocks: tuple[str, ...] = ()
+    """Of the sub-network `within`: blocks that it does without, as in `Remove`."""
+    kernels: tuple[str, ...] = ()
+    """Of the sub-network `within`: kernels that have one tap, as in `Remove`."""
     refit: Refit = "none"
     recalibrate: bool = False
     """Re-estimate batch-norm statistics of the sub-network first."""

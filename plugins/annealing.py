@@ -71,14 +71,17 @@ class Lattice:
         slope = np.maximum(slope, 1e-9 * float(slope.max(initial=1e-300))) ** power
         return np.asarray(slope / slope.mean(), dtype=np.float64)
 
-    def worth(self, probabilities: FloatArray, layers: Collection[str]) -> dict[str, float]:
-        """Layer -> what it costs at the expected widths, counted in units of mean cost."""
+    def worth(self, probabilities: FloatArray, layers: Mapping[str, Collection[str]]) -> dict[str, float]:
+        """Layer -> what it costs at the expected widths, counted in units of the groups that it is made of."""
         slope = self.budget.gradient(self.graph, self.widths(probabilities))
         column = {name: i for i, name in enumerate(self.graph.groups)}
-        mine = {name: column[name] for name in layers}
-        others = slope[self._columns[~np.isin(self._columns, list(mine.values()))]]
-        mean = float(others.mean()) if len(others) else 1.0
-        return {name: max(float(slope[i]) / max(mean, 1e-300), 1e-9) for name, i in mine.items()}
+        worth = {}
+        for layer, groups in layers.items():
+            units = np.array([self._full[column[name]] for name in groups if name in self.names])
+            costs = np.array([slope[column[name]] for name in groups if name in self.names])
+            mean = float(units @ costs / units.sum()) if len(units) else 0.0
+            worth[layer] = max(float(slope[column[layer]]) / mean, 1e-9) if mean > 0 else 1.0
+        return worth
 
     def even(self) -> FloatArray:
         """The same probability for every unit, at which the expected cost is the budget."""

@@ -108,6 +108,7 @@ class BayesReparam(PruningPolicy):
 
             following = task.budget.partway(_next(progress, guard.step / rounds), start)
             forecast, beliefs = _forecast(graph, following, config, chosen, seen, beliefs)
+            del seen  # the refit needs the room
             last = progress >= 1.0
             result = changed((yield _reparameterize(task, config, chosen, None if last else forecast)))
             graph = result.graph
@@ -166,15 +167,17 @@ def _observe(
         part = pooled.add(graph, reader)
         if config.folds > 1:
             per_fold.append(log_scores(graph, budget, Discrepancy(graph, weights, part, config.ridge)))
-    moments = pooled.moments()
+        del reader, part  # as large as all covariances: they must not wait for the next fold's
+    moments, blind = pooled.moments(), pooled.without_covariance
+    del pooled
     discrepancy = Discrepancy(graph, weights, moments, config.ridge, sensitivity)
     noise = dict.fromkeys(graph.prunable, 0.0)
     if per_fold:
         for name in noise:
             variance = np.var([scores[name] for scores in per_fold], axis=0, ddof=1)
             noise[name] = float(variance.mean()) / config.folds
-    if pooled.without_covariance:
-        yield Note("covariance-missing", {"readers": ", ".join(sorted(pooled.without_covariance))})
+    if blind:
+        yield Note("covariance-missing", {"readers": ", ".join(sorted(blind))})
     return _Seen(weights, moments, discrepancy, log_scores(graph, budget, discrepancy), noise)
 
 

@@ -115,6 +115,19 @@ class Energies:
                 raise PluginError("gsm-anneal", "energies are finite", f"Group {name!r} has NaN or infinity.")
         return totals
 
+    @property
+    def unexplained(self) -> float:
+        """At the last call of `at`: the part of contributions that the other units do not carry, 0..1."""
+        whole = found = 0.0
+        for k, parts in self._cached.items():
+            reader = self._readers[k]
+            variance = reader.spread if reader.spread.ndim == 1 else np.diag(reader.spread)
+            for part, energy in zip(reader.parts, parts, strict=True):
+                mine = part.unit_of >= 0
+                whole += float((reader.norms * variance)[mine].sum())
+                found += float(energy.sum())
+        return min(found / whole, 1.0) if whole > 0 else 1.0
+
     def of_reader(self, tensor: str) -> dict[str, FloatArray]:
         """group -> (units,): what the last call of `at` found at one reader; empty if it reads no unit."""
         for k, reader in enumerate(self._readers):

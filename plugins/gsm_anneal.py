@@ -8,12 +8,11 @@ After Lu et al., Growing-before-Pruning (Pattern Recognition 166, 2025). Per rou
     4  remove what has pi < vanish, refit, train gated by pi        `_round`
 
 and at the end: harden to exact counts, refit, recover. With expansion "branches" the rounds train parallel
-branches (`branch_search`), which are merged before the end; then whole layers are units, too (`layers`).
+branches (`expansion`), which are merged before the end; then whole layers are units, too (`layers`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -21,10 +20,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from prunus.core.allocation import best_units, global_keep, ladders, raise_if_unreachable, uniform_keep
+from prunus.core.allocation import best_units, ladders, raise_if_unreachable, uniform_keep
 from prunus.core.budget import Budget
 from prunus.core.cost import FloatArray, IntArray
-from prunus.core.directives import Changed, Directive, Grow, Measure, Merge, Note, Observation, Remove
+from prunus.core.directives import Changed, Directive, Evaluate, Measure, Merge, Note, Observation, Remove
 from prunus.core.errors import ConfigError, PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.importance import PluginConfig
@@ -32,13 +31,15 @@ from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 from prunus.core.signals import Signal
 from prunus.plugins.annealing import Lattice, mean_entropy
-from prunus.plugins.branch_search import branch_coefficients, branchable, grow_branches
 from prunus.plugins.energies import SIGNALS, Energies, Source
-from prunus.plugins.layers import Choice, LayerEvidence, Layers, with_layers
+from prunus.plugins.expansion import branch_coefficients, branchable, grow_branches, grow_wide
+from prunus.plugins.layers import Choice, LayerEvidence, Layers, harden, with_layers
 from prunus.plugins.ranking import signals_of
-from prunus.plugins.recovery import RecoveryConfig, can_train, changed, gentle, recover, removal
+from prunus.plugins.recovery import RecoveryConfig, can_train, changed, evaluated, gentle, recover, removal
 from prunus.plugins.scale_mixture import Coefficients, coefficients
 
+WEIGHTS = (1e3, 2.0, 1.4, 1.0, 0.7, 0.5)
+"""Factors of what speaks for layers that are tried: with the first, all stay."""
 LONG = 20.0
 """From so many epochs on the ladder is cut into rounds that train."""
 
@@ -49,8 +50,8 @@ class GsmAnnealConfig(RecoveryConfig):
     convolutions run as parallel linear branches, of other kernels and depth, while the rounds train."""
     layers: Literal["auto", "none", "kernels", "blocks", "all"] = "auto"
     """Whole layers that may go: `kernels` shrink to 1 x 1, residual `blocks` vanish; `auto`: all with branches."""
-    layer_weight: float = Field(default=1.0, gt=0)
-    """Factor of what speaks for a layer, against what it saves."""
+    layer_weight: float | None = Field(default=None, gt=0)
+    """Factor of what speaks for a layer, against what it saves; None tries several, and held-out images decide."""
     ratio: float = Field(default=1.5, gt=1, le=4)
     """Width after expansion over width before."""
     grow: Literal["inner", "all"] = "inner"
@@ -162,7 +163,7 @@ class GsmAnneal(PruningPolicy):
         search = _Search(task.graph, task.graph.cost().macs, Choice({}, {}), _units(task.graph))
         spent = 0.0
         if config.expansion == "wide":
-            search.graph, search.macs = yield from _expand(task, config)
+            search.graph, search.macs = yield from grow_wide(task.graph, config.ratio, every=config.grow == "all")
             search.units = _units(search.graph)
         elif config.expansion == "branches" and piece:
             search.graph, search.macs = yield from grow_branches(task.graph)
@@ -174,9 +175,7 @@ class GsmAnneal(PruningPolicy):
         if any(block.of is not None for block in search.graph.blocks.values()):
             search.graph = changed((yield Merge())).graph
         search.opened(layers)
-        found = yield from _settle(task, config, search, task.budget, config.temperatures, last=True)
-        # harden: the same order, exact counts
-        keep = global_keep(search.space, task.budget, found)
+        keep = yield from _decide(task, config, search)
         result = changed((yield _remove(task, config, search, keep)))
         if not task.budget.met(result.graph.cost()):
             raise PluginError("gsm-anneal", "the plan meets the budget", f"It costs {result.graph.cost()}.")
@@ -216,25 +215,6 @@ def _rounds(task: PruningTask, config: GsmAnnealConfig) -> int:
     return 3 if task.epochs >= LONG else 2 if config.expansion == "branches" else 1
 
 
-def _expand(
-    task: PruningTask, config: GsmAnnealConfig
-) -> Generator[Directive, Observation, tuple[ChannelGraph, float]]:
-    """Widen every group that can be (Net2Wider); targets go on referring to the original model."""
-    graph, widths = task.graph, {}
-    for name, group in graph.prunable.items():
-        tied = (name,) if group.equal_count is None else graph.equal_counts[group.equal_count]
-        inner = all(len(graph.groups[n].with_role("writes")) <= 1 for n in tied)
-        if any(graph.growable(n) is not None for n in tied) or (config.grow == "inner" and not inner):
-            continue
-        step = math.lcm(*(graph.groups[n].multiple_of for n in tied))
-        widths[name] = max(group.units, math.ceil(config.ratio * group.units / step) * step)
-    if not widths:
-        raise ConfigError("no group of this model can be widened; use expansion=none", key="expansion")
-    grown = changed((yield Grow(widths=widths))).graph
-    yield Note("expansion", {"groups": len(widths), "macs": grown.cost().macs / task.graph.cost().macs})
-    return grown, grown.cost().macs
-
-
 def _round(
     task: PruningTask, config: GsmAnnealConfig, search: _Search, k: int, rounds: int, piece: float
 ) -> Generator[Directive, Observation, None]:
@@ -244,7 +224,7 @@ def _round(
     """
     budget = task.budget.partway(k / rounds, search.graph.cost() if k == 1 else None)
     until = round(config.temperatures * k / rounds)
-    yield from _settle(task, config, search, budget, until, last=False)
+    yield from _settle(task, config, search, budget, until)
     assert search.probabilities is not None
     keep = _survivors(search.graph, search.probabilities, config.vanish)
     branches = yield from branch_coefficients(search.graph, config.kappa, config.c1)
@@ -260,14 +240,56 @@ def _round(
         yield gentle(epochs, config.round_lr, label, gates=search.gates, decay=decay)
 
 
-def _settle(
-    task: PruningTask, config: GsmAnnealConfig, search: _Search, budget: Budget, until: int, *, last: bool
-) -> Generator[Directive, Observation, dict[str, FloatArray]]:
-    """Collect statistics and anneal down to rung `until`; what comes back ranks the units."""
-    energies, evidence = yield from _collected(task, config, search)
-    notes, ranks = _anneal(config, search, budget, energies, evidence, until, last=last)
+def _decide(
+    task: PruningTask, config: GsmAnnealConfig, search: _Search
+) -> Generator[Directive, Observation, dict[str, IntArray]]:
+    """Collect statistics, anneal to the end, harden: the same order, exact counts.
+
+    How much a layer is worth beside channels is tried: each outcome is refitted, and judged by held-out images.
+    """
+    evidence = yield from _collected(task, config, search)
+    weights: tuple[float, ...] = (1.0,) if config.layer_weight is None else (config.layer_weight,)
+    if config.layer_weight is None and search.choice.names and task.has_labels:
+        weights = WEIGHTS
+    outcomes: dict[object, tuple[float, dict[str, IntArray], list[Note], _Search]] = {}
+    for weight in weights:
+        trial = replace(search)
+        try:
+            notes, ranks = _anneal(
+                config, trial, task.budget, *evidence, config.temperatures, last=True, weight=weight
+            )
+        except PluginError:
+            if weight != weights[-1] or not outcomes:
+                raise
+            break
+        keep = harden(trial.space, search.choice, task.budget, ranks)
+        gone = search.choice.gone(keep, search.graph)
+        if gone in outcomes:
+            continue
+        loss = 0.0
+        if len(weights) > 1:
+            loss = evaluated((yield _trial(config, search, keep))).loss
+            yield Note("layers", {"weight": weight, "blocks": len(gone[0]), "kernels": len(gone[1]), "loss": loss})
+        outcomes[gone] = loss, keep, notes, trial
+    _, keep, notes, trial = min(outcomes.values(), key=lambda outcome: outcome[0])
+    search.probabilities, search.rung = trial.probabilities, trial.rung
     yield from notes
-    return ranks
+    return keep
+
+
+def _trial(config: GsmAnnealConfig, search: _Search, keep: Mapping[str, IntArray]) -> Evaluate:
+    blocks, kernels = search.choice.gone(keep, search.graph)
+    units = {name: kept for name, kept in keep.items() if name in search.graph.groups}
+    return Evaluate(gates=search.gates, within=units, blocks=blocks, kernels=kernels, refit=config.refit)
+
+
+def _settle(
+    task: PruningTask, config: GsmAnnealConfig, search: _Search, budget: Budget, until: int
+) -> Generator[Directive, Observation, None]:
+    """Collect statistics and anneal down to rung `until`."""
+    evidence = yield from _collected(task, config, search)
+    notes, _ = _anneal(config, search, budget, *evidence, until, last=False)
+    yield from notes
 
 
 def _collected(
@@ -302,22 +324,6 @@ def _coefficients(
     return coefficients(found, energies.sizes, kappa=config.kappa, c1=config.c1, normalise=config.normalise)
 
 
-def _layer_values(
-    config: GsmAnnealConfig,
-    evidence: LayerEvidence,
-    energies: Energies,
-    noise: float,
-    lattice: Lattice,
-    pi: FloatArray,
-) -> dict[str, FloatArray]:
-    """Layer -> (1,): Lambda for each channel's worth of what the layer saves; one is worth a channel's price."""
-    found = evidence.at(energies, lattice.named(pi), noise, config.c1)
-    if not found:
-        return {}
-    worth = lattice.worth(pi, found)
-    return {name: np.array([config.layer_weight * value / worth[name]]) for name, value in found.items()}
-
-
 def _anneal(
     config: GsmAnnealConfig,
     search: _Search,
@@ -327,6 +333,7 @@ def _anneal(
     until: int,
     *,
     last: bool,
+    weight: float = 1.0,
 ) -> tuple[list[Note], dict[str, FloatArray]]:
     """Cool from `search.rung` to `until`, with damped updates; the last band until everything is decided."""
     lattice = Lattice(search.space, budget)
@@ -344,10 +351,13 @@ def _anneal(
     while search.rung < stop:
         for update in range(config.updates):
             found = _coefficients(config, energies, lattice.named(pi), fresh=update == 0)
-            layers = _layer_values(config, evidence, energies, found.noise, lattice, pi)
-            value = lattice.vector(found.value | layers)
+            layers = evidence.at(energies, lattice.named(pi), found.noise, config.c1)
+            worth = lattice.worth(pi, evidence.groups)  # Lambda for each unit's worth of what a layer saves
+            of_layers = {name: np.array([weight * layers[name] / worth[name]]) for name in layers}
+            value = lattice.vector(found.value | of_layers)
             if search.first is None:
-                search.first = max(config.hot * float(value.std()), 1e-9)
+                of_units = np.concatenate([found.value[name] for name in lattice.names if name in found.value])
+                search.first = max(config.hot * float(of_units.std()), 1e-9)
             temperature = search.first * config.cooling**search.rung
             if config.cost == "recomputed":
                 price = lattice.prices(pi, config.cost_power)

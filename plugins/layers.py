@@ -6,18 +6,23 @@ channels. What speaks for it is the sum over the channels that it contributes to
     Lambda_layer = sum_i log(1 + theta_i^2 / sigma^2),
 
 theta_i the scale of its part of contribution i beside the mean contribution there, and its price is what it saves,
-counted in channels. So one threshold mu decides about channels and layers (methods, section 2.3).
+counted in channels of the groups that run through it. So one threshold mu decides about channels and layers
+(methods, section 2.3). What a block adds nothing else carries, while most of a channel the other channels do: its
+energy is therefore divided by the part of contributions that the others do not explain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from prunus.core.allocation import CLOSE, global_keep
+from prunus.core.budget import Budget
 from prunus.core.cost import Extent, FloatArray, IntArray
+from prunus.core.errors import UnreachableTargetError
 from prunus.core.graph import ChannelGraph, ChannelGroup
 from prunus.core.signals import Signal, SignalReader
 from prunus.plugins.energies import Energies
@@ -90,6 +95,28 @@ def with_layers(graph: ChannelGraph, choice: Choice) -> ChannelGraph:
     return ChannelGraph([*graph.groups.values(), *groups], terms, graph.tensors)
 
 
+def harden(
+    space: ChannelGraph, choice: Choice, budget: Budget, ranks: Mapping[str, FloatArray]
+) -> dict[str, IntArray]:
+    """The units and layers of highest rank, at exact costs. Raises UnreachableTargetError.
+
+    Layers are lumps: while one more of them, in exchange for channels, uses the budget better, the one that ranks
+    highest among those that would go stays.
+    """
+    keep = global_keep(space, budget, ranks)
+    gone = [name for name in choice.names if not len(keep[name])]
+    for name in sorted(gone, key=lambda name: -float(ranks[name][0])):
+        if budget.load(space.cost({n: len(units) for n, units in keep.items()})) >= CLOSE:
+            break
+        groups = [replace(g, min_units=1) if g.name == name else g for g in space.groups.values()]
+        space = space.with_groups(groups)
+        try:
+            keep = global_keep(space, budget, ranks)
+        except UnreachableTargetError:
+            break
+    return keep
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outside:
     """What a kernel's taps beside the centre have of each contribution that its convolution reads."""
@@ -105,6 +132,9 @@ class LayerEvidence:
     """What was measured of layers, and the coefficient that it gives."""
 
     def __init__(self, graph: ChannelGraph, choice: Choice, signals: SignalReader) -> None:
+        self.groups = {group: _groups(graph, {graph.kernels[n].tensor}) for group, n in choice.kernels.items()}
+        """Layer -> the groups that run through it."""
+        self.groups |= {group: _groups(graph, graph.blocks[name].tensors) for group, name in choice.blocks.items()}
         self._outside = {group: _outside(graph, name, signals) for group, name in choice.kernels.items()}
         self._added = {
             group: (float(signals.read(Signal.BLOCK_CHANGE, name)[0]), _streams(graph, name))
@@ -126,7 +156,7 @@ class LayerEvidence:
             found[group] = total
         for group, (added, streams) in self._added.items():
             channels = sum(float(survival[name].sum()) for name in streams if name in survival)
-            found[group] = channels * float(np.log1p(added / noise))
+            found[group] = channels * float(np.log1p(added / (energies.unexplained * noise)))
         return found
 
 
@@ -143,6 +173,12 @@ def _outside(graph: ChannelGraph, name: str, signals: SignalReader) -> _Outside:
         middle = np.bincount(piece.unit_of[mine], weights=centre[mine], minlength=units)
         shares[group] = 1 - middle / np.maximum(total, 1e-300)
     return _Outside(kernel.tensor, shares, weight.shape[0] * (kernel.taps - 1))
+
+
+def _groups(graph: ChannelGraph, tensors: Collection[str]) -> tuple[str, ...]:
+    return tuple(
+        name for name, group in graph.groups.items() if any(piece.tensor in tensors for piece in group.slices)
+    )
 
 
 def _streams(graph: ChannelGraph, name: str) -> tuple[str, ...]:

@@ -22,38 +22,41 @@ class PooledMoments:
     """
 
     def __init__(self) -> None:
-        self._folds = 0
-        self._mean: dict[str, FloatArray] = {}
-        self._second: dict[str, FloatArray] = {}
+        self._means: dict[str, list[FloatArray]] = {}
+        self._sum: dict[str, FloatArray] = {}
+        """Of the folds' centred moments: the only thing that is as large as they are."""
         self._scale: dict[str, FloatArray] = {}
-        self._correlation: dict[str, FloatArray] = {}
         self._squares: dict[str, float] = {}
         self.without_covariance: set[str] = set()
 
     def add(self, graph: ChannelGraph, reader: SignalReader) -> dict[str, FloatArray]:
         """The fold's own moments: covariance, else variances, by the name of the reading weight."""
-        self._folds += 1
         moments = {}
         for tensor, _ in reading_axes(graph):
             if reader.has(Signal.ACTIVATION_COVARIANCE, tensor):
                 moments[tensor] = reader.read(Signal.ACTIVATION_COVARIANCE, tensor)
-                self._add_correlation(tensor, moments[tensor])
+                squares = float((self._correlation(tensor, moments[tensor]) ** 2).sum())
+                self._squares[tensor] = self._squares.get(tensor, 0.0) + squares
             else:
                 self.without_covariance.add(tensor)
                 if not reader.has(Signal.ACTIVATION_VARIANCE, tensor):
                     continue
                 moments[tensor] = reader.read(Signal.ACTIVATION_VARIANCE, tensor)
-            mean = reader.read(Signal.ACTIVATION_MEAN, tensor)
-            self._mean[tensor] = self._mean.get(tensor, 0.0) + mean
-            self._second[tensor] = self._second.get(tensor, 0.0) + moments[tensor] + _square(mean, moments[tensor])
+            self._means.setdefault(tensor, []).append(reader.read(Signal.ACTIVATION_MEAN, tensor))
+            if tensor in self._sum:
+                self._sum[tensor] += moments[tensor]
+            else:
+                self._sum[tensor] = np.array(moments[tensor])
         return moments
 
     def moments(self) -> dict[str, FloatArray]:
         """Of all folds together; covariances shrunk."""
-        n = self._folds
         pooled = {}
-        for tensor, second in self._second.items():
-            moment = second / n - _square(self._mean[tensor] / n, second)
+        for tensor, total in self._sum.items():
+            means = np.array(self._means[tensor])
+            apart = means - means.mean(axis=0)
+            moment = total / len(means)
+            moment += apart.T @ apart / len(means) if moment.ndim == 2 else (apart**2).mean(axis=0)
             if moment.ndim == 2:
                 diagonal = np.diag(moment).copy()
                 moment *= 1.0 - self.noise_share(tensor)
@@ -63,23 +66,20 @@ class PooledMoments:
 
     def noise_share(self, tensor: str) -> float:
         """rho, 0..1; 0 with a single fold, which says nothing about noise."""
-        if self._folds < 2:
+        folds = len(self._means[tensor])
+        if folds < 2:
             return 0.0
-        mean_square = float((self._correlation[tensor] ** 2).sum()) / self._folds**2
-        spread = max(self._squares[tensor] / self._folds - mean_square, 0.0)
-        variance = spread / (self._folds - 1)
+        mean_square = float((self._correlation(tensor, self._sum[tensor]) ** 2).sum()) / folds**2
+        spread = max(self._squares[tensor] / folds - mean_square, 0.0)
+        variance = spread / (folds - 1)
         return min(variance / max(mean_square, 1e-300), 1.0)
 
-    def _add_correlation(self, tensor: str, covariance: FloatArray) -> None:
+    def _correlation(self, tensor: str, covariance: FloatArray) -> FloatArray:
+        """On the scale of the first fold, without the diagonal."""
         if tensor not in self._scale:
             deviation = np.sqrt(np.maximum(np.diag(covariance), 0.0))
             self._scale[tensor] = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
         scale = self._scale[tensor]
         correlation = covariance * scale[:, None] * scale
         np.fill_diagonal(correlation, 0.0)
-        self._squares[tensor] = self._squares.get(tensor, 0.0) + float((correlation**2).sum())
-        self._correlation[tensor] = self._correlation.get(tensor, 0.0) + correlation
-
-
-def _square(mean: FloatArray, like: FloatArray) -> FloatArray:
-    return np.asarray(np.outer(mean, mean) if like.ndim == 2 else mean**2)
+        return np.asarray(correlation)

@@ -159,7 +159,7 @@ class PyTorchAdapter:
         if directive.within is None:
             with Gating(self.model, self.shrinking.wiring, directive.gates):
                 return self._evaluated(self.model, batches)
-        small, graph = self.shrinking.extracted(directive.within)
+        small, graph = self.shrinking.extracted(directive.within, directive.blocks, directive.kernels)
         self._adjust_trial(small, directive, directive.within)
         with Gating(small, graph, of_kept(directive.gates, directive.within)):
             return self._evaluated(small, batches)
@@ -171,7 +171,9 @@ class PyTorchAdapter:
     def _adjust_trial(self, small: nn.Module, directive: Evaluate, keep: Keep) -> None:
         def adjust() -> None:
             if directive.refit != "none":
-                self._refit(small, self.plan.after_removal(self.graph, keep), directive.refit, TRIAL_IMAGES)
+                layers = directive.blocks, directive.kernels
+                plan = self.plan.after_removal(self.graph, keep, (), None, *layers)
+                self._refit(small, plan, directive.refit, TRIAL_IMAGES)
             if directive.recalibrate:
                 recalibrate(small, self._split("calibration").part(TRIAL_IMAGES))
 

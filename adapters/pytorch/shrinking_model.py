@@ -118,11 +118,14 @@ class ShrinkingModel:
         edits = [edit for edit in edits if not inside(edit.module, self.plan.removed_blocks)]
         return edits, surgery.remove(model, self.wiring, keep, edits, kernels)
 
-    def extracted(self, keep: Keep) -> tuple[nn.Module, ChannelGraph]:
-        """A copy that keeps `keep` alone, and the graph of it as it runs."""
+    def extracted(
+        self, keep: Keep, blocks: Collection[str] = (), kernels: Collection[str] = ()
+    ) -> tuple[nn.Module, ChannelGraph]:
+        """A copy that keeps `keep` alone, without `blocks` and taps of `kernels`, and its graph as it runs."""
         small = copy.deepcopy(self.module)
-        self.cut(small, keep)
-        return small, self.wiring.restrict(keep)
+        self.cut(small, keep, kernels)
+        remove_blocks(small, blocks)
+        return small, self.wiring.restrict(keep).without_kernels(kernels).without_blocks(blocks)
 
     def narrowed(self, keep: Keep) -> nn.Module:
         """A copy that keeps `keep` alone and may share tensors with this model: to be looked at, not trained."""

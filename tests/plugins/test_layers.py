@@ -14,7 +14,7 @@ from prunus.core.signals import Signal
 from prunus.core.testing.graphs import residual_graph
 from prunus.plugins.annealing import Lattice
 from prunus.plugins.energies import Energies
-from prunus.plugins.layers import Choice, LayerEvidence, with_layers
+from prunus.plugins.layers import Choice, LayerEvidence, harden, with_layers
 
 
 def _graph() -> ChannelGraph:
@@ -77,22 +77,38 @@ def test_a_layer_that_carries_more_is_worth_more() -> None:
         energies.at(survival)
         found[name] = LayerEvidence(graph, choice, measured).at(energies, survival, 0.05, 4.0)
     assert found["hollow"]["block0.conv1.kernel"] == 0.0 < found["full"]["block0.conv1.kernel"]
-    # eight channels, each by log(1 + energy / noise)
+    # eight channels, each by log(1 + energy / noise); with "weight" energies nothing is explained by others
     assert found["full"]["block1"] == pytest.approx(8 * np.log1p(0.5 / 0.05))
     assert found["full"]["block0"] == pytest.approx(8 * np.log1p(0.02 / 0.05))
 
 
-def test_a_layer_is_worth_as_many_units_as_it_saves() -> None:
+def test_a_layer_is_worth_as_many_units_of_its_own_groups_as_it_saves() -> None:
     graph = _graph()
     choice = Choice.of(graph, "blocks")
     lattice = Lattice(with_layers(graph, choice), Budget.resolve([Target.parse("macs=50%")], graph.cost()))
-    ones = np.ones_like(lattice.even())
-    worth = lattice.worth(ones, choice.names)
-    saved = {name: graph.cost().macs - graph.without_blocks([name]).cost().macs for name in choice.names}
-    assert worth["block0"] / worth["block1"] == pytest.approx(saved["block0"] / saved["block1"])
-    per_unit = [
-        graph.cost().macs - graph.cost({name: group.units - 1}).macs
-        for name, group in graph.prunable.items()
-        for _ in range(group.units)
-    ]
-    assert worth["block0"] == pytest.approx(saved["block0"] / np.mean(per_unit), rel=1e-6)
+    evidence = LayerEvidence(graph, choice, Measured(graph, {}, {"block0": 0.1, "block1": 0.1}))
+    assert evidence.groups["block1"] == ("stream", "inner1")
+    worth = lattice.worth(np.ones_like(lattice.even()), evidence.groups)
+    for k in range(2):
+        saved = graph.cost().macs - graph.without_blocks([f"block{k}"]).cost().macs
+        per_unit = [
+            graph.cost().macs - graph.cost({name: graph.units[name] - 1}).macs
+            for name in ("stream", f"inner{k}")
+            for _ in range(graph.units[name])
+        ]
+        assert worth[f"block{k}"] == pytest.approx(saved / np.mean(per_unit), rel=1e-6)
+
+
+def test_hardening_takes_a_layer_back_rather_than_waste_the_budget() -> None:
+    graph = _graph()
+    choice = Choice.of(graph, "blocks")
+    space = with_layers(graph, choice)
+    budget = Budget.resolve([Target.parse("macs=60%")], graph.cost())
+    ranks = {name: np.linspace(1.0, 0.9, group.units) for name, group in graph.prunable.items()}
+    ranks |= {"block0": np.full(1, 0.2), "block1": np.full(1, 0.1)}  # every channel ranks above every block
+    keep = harden(space, choice, budget, ranks)
+    blocks, _ = choice.gone(keep, graph)
+    assert blocks == ("block1",)
+    load = budget.load(space.cost({name: len(units) for name, units in keep.items()}))
+    alone = budget.load(graph.without_blocks(["block0", "block1"]).cost())
+    assert alone < 0.3 < 0.85 < load <= 1

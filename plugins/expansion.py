@@ -1,4 +1,4 @@
-"""Branches in the search: convolutions are grown into them, the same coefficient chooses, the rest is merged.
+"""Expansion before the search: groups are widened, or convolutions run as branches, function-preserving.
 
 Every branch ends in a norm, so the square of that norm's scale is the energy of what the branch adds to each
 output channel. The scale mixture is then over all branches of a convolution, output by output: outputs of theta 0
@@ -8,6 +8,7 @@ what the wide ones cost together, the kernel, is decided after they are merged (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from prunus.core.cost import FloatArray
 from prunus.core.directives import Directive, Grow, Measure, Note, Observation
+from prunus.core.errors import ConfigError
 from prunus.core.graph import ChannelGraph
 from prunus.core.signals import Signal
 from prunus.plugins.ranking import signals_of
@@ -23,6 +25,25 @@ from prunus.plugins.scale_mixture import Coefficients, coefficients
 
 LEAST = 0.02
 """A branch with a smaller share of outputs above the noise vanishes."""
+
+
+def grow_wide(
+    graph: ChannelGraph, ratio: float, *, every: bool
+) -> Generator[Directive, Observation, tuple[ChannelGraph, float]]:
+    """Widen groups that one layer writes, or `every` group that can be, by `ratio` (Net2Wider)."""
+    widths = {}
+    for name, group in graph.prunable.items():
+        tied = (name,) if group.equal_count is None else graph.equal_counts[group.equal_count]
+        inner = all(len(graph.groups[n].with_role("writes")) <= 1 for n in tied)
+        if any(graph.growable(n) is not None for n in tied) or not (inner or every):
+            continue
+        step = math.lcm(*(graph.groups[n].multiple_of for n in tied))
+        widths[name] = max(group.units, math.ceil(ratio * group.units / step) * step)
+    if not widths:
+        raise ConfigError("no group of this model can be widened; use expansion=none", key="expansion")
+    grown = changed((yield Grow(widths=widths))).graph
+    yield Note("expansion", {"groups": len(widths), "macs": grown.cost().macs / graph.cost().macs})
+    return grown, grown.cost().macs
 
 
 def branchable(graph: ChannelGraph) -> tuple[str, ...]:
