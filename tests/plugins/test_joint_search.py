@@ -88,6 +88,32 @@ def test_a_teacher_that_does_not_beat_the_student_is_silent() -> None:
     assert not any(t.distil for t in run("macs=30%", teachers="never").of(Train))
 
 
+def test_a_named_teacher_is_judged_once_teaches_while_it_leads_and_is_paid_for() -> None:
+    adapter = scratch()
+    adapter.answer(Train(12.0, lr=0.05))
+    adapter.answer(Snapshot("user-0"))
+    task = replace(adapter.task("macs=30%", epochs=20.0), teachers=("user-0",))
+    transcript = drive(JointSearch(JointSearchConfig(images=64, lr=0.05)), task, adapter)
+    assert [e.model for e in transcript.of(Evaluate)].count("user-0") == 1
+    judged = [n.values for n in transcript.notes if n.kind == "teachers"]
+    taught = [bool(t.distil) for t in transcript.of(Train) if t.label == "train"]
+    leads = [float(v["user-0"]) > float(v["student"]) for v in judged]  # type: ignore[arg-type]
+    assert [v["teaching"] == "user-0" for v in judged] == leads
+    assert taught == leads[-len(taught) :]
+    summary = next(n.values for n in transcript.notes if n.kind == "compute")
+    used = float(summary["trained_epochs"]) + float(summary["searched_epochs"])  # type: ignore[arg-type]
+    assert 0.9 * 20.0 < used < 1.1 * 20.0
+
+
+def test_the_smallest_target_that_can_be_reached_is_met_by_every_proposal() -> None:
+    with pytest.raises(UnreachableTargetError) as caught:
+        run("macs=0.1%")
+    adapter = scratch()
+    task = adapter.task(caught.value.smallest)
+    plan = run(caught.value.smallest, adapter=adapter).plan
+    assert task.budget.met(task.graph.cost(plan.kept_counts))
+
+
 def test_teachers_that_nobody_named_cost_nothing() -> None:
     transcript = run("macs=30%", epochs=30.0, evaluations=0)
     assert not transcript.of(Evaluate) and not transcript.of(Snapshot)
