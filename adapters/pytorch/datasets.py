@@ -120,6 +120,8 @@ def load_data(source: DataSource, spec: InputSpec, options: LoadOptions | None =
 class ArraySource(DataSource):
     """Small images in memory."""
 
+    in_chans: int
+
     def __init__(self, name: str, train: ArrayImages, test: ArrayImages, class_names: Sequence[str]) -> None:
         self.name, self.train, self.test = name, train, test
         self.class_names = tuple(class_names)
