@@ -166,7 +166,9 @@ def _observe(
         weights = weights or {name: reader.read(Signal.WEIGHT, name) for name in sliced_weights(graph)}
         part = pooled.add(graph, reader)
         if config.folds > 1:
-            per_fold.append(log_scores(graph, budget, Discrepancy(graph, weights, part, config.ridge)))
+            discrepancy = Discrepancy(graph, weights, part, config.ridge, use_up=True)
+            per_fold.append(log_scores(graph, budget, discrepancy))
+            del discrepancy
         del reader, part  # as large as all covariances: they must not wait for the next fold's
     moments, blind = pooled.moments(), pooled.without_covariance
     del pooled

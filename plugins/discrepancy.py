@@ -136,19 +136,25 @@ class Discrepancy:
         self,
         graph: ChannelGraph,
         weights: Mapping[str, FloatArray],
-        moments: Mapping[str, FloatArray],
+        moments: dict[str, FloatArray],
         ridge: float = 1e-3,
         sensitivity: Mapping[str, float] | None = None,
+        *,
+        use_up: bool = False,
     ) -> None:
         """`weights` by tensor name: all that are in `sliced_weights(graph)`. `moments` by tensor name:
         covariance (n, n) or variances (n,) of what it reads; a reader without counts every input as 1.
-        `sensitivity`: a factor for every unit of a group, 1 if not named."""
+        `sensitivity`: a factor for every unit of a group, 1 if not named. `use_up`: take out of `moments` what
+        has been used, since the precisions made of them are as large."""
         self._factor = {name: (sensitivity or {}).get(name, 1.0) for name in graph.prunable}
         self._inputs: dict[str, list[tuple[Reader, IntArray]]] = {name: [] for name in graph.prunable}
         self._rows: dict[str, list[tuple[Reader, list[IntArray]]]] = {name: [] for name in graph.prunable}
         self._blind: dict[str, FloatArray] = {}
-        for axis in reading_axes(graph):
+        axes = reading_axes(graph)
+        for k, axis in enumerate(axes):
             self._add(graph, axis, np.asarray(weights[axis[0]]), moments.get(axis[0]), ridge)
+            if use_up and all(later[0] != axis[0] for later in axes[k + 1 :]):
+                moments.pop(axis[0], None)
         for name in graph.prunable:
             if not self._inputs[name]:
                 self._blind[name] = _share_of_writers(graph, name, weights)

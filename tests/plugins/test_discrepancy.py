@@ -13,6 +13,7 @@ from prunus.plugins.discrepancy import (
     Discrepancy,
     conditional_covariance,
     fold_away,
+    reading_axes,
     ridged_precision,
     sliced_weights,
 )
@@ -88,6 +89,18 @@ def test_discrepancy_is_the_share_of_output_variance_that_the_best_refit_loses(
     for unit in range(units):
         lost = best_refit_error(weight, ridged, list(range(unit * run, (unit + 1) * run)))
         assert discrepancy.of("g")[unit] == pytest.approx(lost / total, rel=1e-5, abs=1e-9)
+
+
+def test_moments_that_are_used_up_give_the_same() -> None:
+    rng = np.random.default_rng(0)
+    graph = residual_graph(6, [5, 4])
+    weights = {name: rng.normal(size=graph.tensors[name]) for name in sliced_weights(graph)}
+    moments = {name: covariance_of(rng, weights[name].shape[1]) for name in weights}
+    kept = Discrepancy(graph, weights, dict(moments), 1e-3)
+    used = Discrepancy(graph, weights, moments, 1e-3, use_up=True)
+    assert not moments.keys() & {axis[0] for axis in reading_axes(graph)}
+    for name in graph.prunable:
+        np.testing.assert_array_equal(used.of(name), kept.of(name))
 
 
 @given(st.integers(0, 2**32 - 1))
