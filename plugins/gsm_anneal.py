@@ -247,6 +247,9 @@ def _decide(
 
     How much a layer is worth beside channels is tried: each outcome is refitted, and judged by held-out images.
     """
+    if search.gates is not None:  # what is tried and refitted is the function that was trained
+        search.graph = changed((yield Remove(keep={}, gates=search.gates))).graph
+        search.gates = None
     evidence = yield from _collected(task, config, search)
     weights: tuple[float, ...] = (1.0,) if config.layer_weight is None else (config.layer_weight,)
     if config.layer_weight is None and search.choice.names and task.has_labels:
@@ -280,7 +283,7 @@ def _decide(
 def _trial(config: GsmAnnealConfig, search: _Search, keep: Mapping[str, IntArray]) -> Evaluate:
     blocks, kernels = search.choice.gone(keep, search.graph)
     units = {name: kept for name, kept in keep.items() if name in search.graph.groups}
-    return Evaluate(gates=search.gates, within=units, blocks=blocks, kernels=kernels, refit=config.refit)
+    return Evaluate(within=units, blocks=blocks, kernels=kernels, refit=config.refit)
 
 
 def _settle(

@@ -49,6 +49,7 @@ TINY += ("--lr", "0.02")  # a hasty training makes much of a rounding
 METHODS = {
     # with seed 0 a bias that is next to nothing (6e-3) differs by 1e-5, which is much of it
     "gsm-anneal": ("--epochs", "2", "--seed", "1"),
+    "gsm-anneal branches": ("--epochs", "4", "--set", "expansion=branches"),
     "bayes-reparam": ("--epochs", "3"),
     "joint-search": ("--epochs", "4", "--set", "evaluations=4"),
 }
@@ -122,10 +123,11 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    "method", ["gsm-anneal", *(pytest.param(name, marks=pytest.mark.slow) for name in list(METHODS)[1:])]
+    "method",
+    ["gsm-anneal", "gsm-anneal branches", *(pytest.param(n, marks=pytest.mark.slow) for n in list(METHODS)[2:])],
 )
 def test_two_processes_end_in_the_plan_and_the_weights_of_one(method: str, jobs: Jobs, tmp_path: Path) -> None:
-    words = (*TINY, "--plugin", method, *METHODS[method], "--output")
+    words = (*TINY, "--plugin", method.partition(" ")[0], *METHODS[method], "--output")
     assert jobs.run(1, *words, str(tmp_path / "one")) == [0]
     assert jobs.run(2, *words, str(tmp_path / "two")) == [0, 0], jobs.texts()
     assert plan_of(tmp_path / "one") == plan_of(tmp_path / "two")

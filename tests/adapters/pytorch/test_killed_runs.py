@@ -40,6 +40,7 @@ COMMON = ("prune", "--model", "prunus/resnet8", "--data", "digits", "--train-lim
 TRAINING = ("--dense-epochs", "2", "--threads", "1", "--target", "macs=50%")
 METHODS = {
     "gsm-anneal": ("--epochs", "4"),
+    "gsm-anneal branches": ("--epochs", "4", "--set", "expansion=branches"),
     "bayes-reparam": ("--epochs", "4"),
     "joint-search": ("--epochs", "6", "--set", "evaluations=6"),
     "iterative": ("--epochs", "4", "--depth"),
@@ -100,7 +101,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 
 def _begin(method: str, folder: Path) -> tuple[str, ...]:
-    return (*COMMON, *TRAINING, *METHODS[method], "--plugin", method, "--output", str(folder), "--json")
+    plugin = method.partition(" ")[0]
+    return (*COMMON, *TRAINING, *METHODS[method], "--plugin", plugin, "--output", str(folder), "--json")
 
 
 def _outcome(folder: Path) -> tuple[str, bytes, dict[str, float]]:
