@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ def run(
     model_name: str, plugin: str, settings: dict[str, Any], config: dict[str, Any], images: int
 ) -> dict[str, Any]:
     """The record of one run, made in this process. `config`: of the method; empty: the short one of `CONFIGS`."""
-    import timm
     import torch
     from torch.utils.data import Dataset
 
-    from prunus.adapters.pytorch.api import session_of
+    from prunus.adapters.pytorch.catalog import build, construct
+    from prunus.adapters.pytorch.defaults import filled
+    from prunus.adapters.pytorch.session import PyTorchSession
+    from prunus.adapters.pytorch.user_data import bundle_of
     from prunus.core.pruning import Silent, prune
     from prunus.core.registry import Registry
     from prunus.core.run_folder import RunFolder
@@ -70,7 +73,7 @@ def run(
         def began(self, index: int, directive: Any) -> None:
             self.spent("method")
 
-        def answered(self, index: int, directive: Any, observation: Any) -> None:
+        def answered(self, index: int, directive: Any, observation: Any, seconds: float) -> None:
             gates = " with gates" if getattr(directive, "gates", None) is not None else ""
             kind = type(directive).__name__ + gates
             self.spent(kind)
@@ -84,10 +87,11 @@ def run(
     started, peaks = time.monotonic(), Peaks()  # of the clock; the seconds of a directive are the processor's
     torch.manual_seed(0)
     peaks.rise("imports")
-    model = timm.create_model(model_name.removeprefix("timm/"))
+    built = build(model_name, seed=0)
     data = Noise()
     peaks.rise("model")
     wanted = {
+        "model": model_name,
         "plugin": plugin,
         "targets": ("macs=50%",),
         "data": "given",
@@ -96,7 +100,9 @@ def run(
     options = make_settings({**wanted, **settings})
 
     def opened(resolved: Any) -> Any:
-        session = session_of(model, torch.randn(2, 3, 224, 224), data, None, True, resolved)
+        bundle = bundle_of(data, None, holdout=resolved.holdout, batch_size=resolved.batch_size)
+        trained = replace(built, has_weights=True)
+        session = PyTorchSession(filled(resolved), trained, bundle, lambda source: construct(source))
         peaks.spent("tracing")
         peaks.rise("traced")
         return session

@@ -119,8 +119,9 @@ class RecordingReader:
         return self.presence[key]
 
     def close(self) -> None:
-        """From now on reading is the plugin's fault."""
+        """From now on reading is the plugin's fault. What was read stays until it is recorded."""
         self._closed = True
+        del self._source  # with what it measured
 
     def _check_open(self) -> None:
         if self._closed:
@@ -177,18 +178,19 @@ def record(observation: Observation) -> tuple[ObservationRecord, dict[str, np.nd
 
 
 def _record_reads(reader: RecordingReader) -> tuple[_SignalsRecord, dict[str, np.ndarray]]:
-    reads = list(reader.reads)
+    """Takes the arrays out of `reader`: they may be gigabytes, and runs measure many times."""
     said = [(key, there) for key, there in reader.presence.items() if key not in reader.reads]
-    sides = [len(array) if _is_symmetric(array) else None for array in reader.reads.values()]
+    reads, stored = [], {}
+    for i, (signal, name) in enumerate(list(reader.reads)):
+        array = reader.reads.pop((signal, name))
+        side = len(array) if _is_symmetric(array) else None
+        reads.append(_ArrayRecord(signal=signal, name=name, side=side))
+        stored[f"read.{i}"] = _narrowed(array if side is None else array[np.tri(side, dtype=bool)])
     signals = _SignalsRecord(
-        reads=[_ArrayRecord(signal=s, name=n, side=side) for (s, n), side in zip(reads, sides, strict=True)],
+        reads=reads,
         absent=[_ReadRecord(signal=s, name=n) for (s, n), there in said if not there],
         there=[_ReadRecord(signal=s, name=n) for (s, n), there in said if there],
     )
-    stored = {}
-    for i, (key, side) in enumerate(zip(reads, sides, strict=True)):
-        array = reader.reads[key]
-        stored[f"read.{i}"] = _narrowed(array if side is None else array[np.tri(side, dtype=bool)])
     return signals, stored
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,18 @@ class Matrices:
 
     def has(self, signal: Signal, name: str) -> bool:
         return name in self._arrays
+
+
+def test_what_was_measured_is_given_up_once_it_is_written(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "journal", "1.0", BELONGS)
+    source = Matrices(c=np.eye(100))
+    reader = RecordingReader(source, "p")
+    measured, array = weakref.ref(source), weakref.ref(reader.read(Signal.ACTIVATION_COVARIANCE, "c"))
+    del source
+    reader.close()
+    assert measured() is None and array() is not None
+    journal.append("Measure", "0" * 64, reader, 0.0)
+    assert array() is None and len(journal.entries) == 1
 
 
 def test_symmetric_and_single_precision_arrays_take_half_the_room_and_come_back_exactly(tmp_path: Path) -> None:
