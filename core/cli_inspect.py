@@ -151,6 +151,7 @@ def _inspection(session: Session, slices: bool) -> dict[str, Any]:
         "reachable": {"macs": shares["macs"], "params": shares["params"]},
         "groups": _groups(graph, slices),
         "blocks": list(graph.blocks),
+        "kernels": list(graph.kernels),
         "notes": list(description.notes),
     }
 

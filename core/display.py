@@ -154,8 +154,7 @@ def summary(report: Report) -> RenderableType:
     next_steps.add_row("evaluate", f"optimize evaluate {report.run}")
     next_steps.add_row("in Python", f'prunus.adapters.pytorch.load("{report.run}")')
     lines: list[RenderableType] = [_sizes(report), _stages(report.widths)]
-    if report.depth.removed:
-        lines.append(Text(removed_blocks(report.depth)))
+    lines += [Text(sentence) for sentence in whole_layers(report.depth)]
     lines.append(Text(proof(report)))
     if report.latency is not None:
         lines.append(Text(report.latency.message[:1].upper() + report.latency.message[1:] + "."))
@@ -164,9 +163,14 @@ def summary(report: Report) -> RenderableType:
     return Group(*lines)
 
 
-def removed_blocks(depth: Depth) -> str:
-    """One sentence about what vanished as a whole."""
-    return f"Blocks removed: {len(depth.removed)} of {depth.blocks} ({', '.join(depth.removed)})."
+def whole_layers(depth: Depth) -> list[str]:
+    """Sentences on the blocks and kernels that went; none if all are there."""
+    said = []
+    if depth.removed:
+        said.append(f"Blocks removed: {len(depth.removed)} of {depth.blocks} ({', '.join(depth.removed)}).")
+    if depth.reduced:
+        said.append(f"Kernels now 1 x 1: {len(depth.reduced)} of {depth.kernels} ({', '.join(depth.reduced)}).")
+    return said
 
 
 def proof(report: Report) -> str:

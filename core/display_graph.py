@@ -29,6 +29,8 @@ def graph_tables(description: Description, graph: ChannelGraph, slices: bool) ->
         parts.append(locks)
     if graph.blocks:
         parts.append(Text(_blocks(graph)))
+    if graph.kernels:
+        parts.append(Text(_kernels(graph)))
     parts += [Text(f"note: {note}", style="yellow") for note in description.notes]
     return Group(*parts, Text(reach))
 
@@ -58,6 +60,15 @@ def _groups(graph: ChannelGraph, slices: bool) -> Table:
     table.caption = "MACs: what these groups alone can save, at the least number of units each."
     table.caption_justify = "left"
     return table
+
+
+def _kernels(graph: ChannelGraph) -> str:
+    whole, rest = graph.cost().macs or 1.0, graph.without_kernels(graph.kernels).cost().macs
+    branching = sum(bool(kernel.branches) for kernel in graph.kernels.values())
+    return (
+        f"{len(graph.kernels)} kernels can become 1 x 1 (gsm-anneal, layers=kernels), with {1 - rest / whole:.1%} "
+        f"of the MACs; {branching} can be searched in branches (expansion=branches)."
+    )
 
 
 def _blocks(graph: ChannelGraph) -> str:

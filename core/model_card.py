@@ -60,6 +60,8 @@ def _removed(report: Report) -> str:
     parts = ["whole channels were removed"] if channels or not blocks else []
     if blocks:
         parts.append(f"{len(blocks)} of {report.depth.blocks} residual blocks were taken out")
+    if report.depth.reduced:
+        parts.append(f"{len(report.depth.reduced)} of {report.depth.kernels} kernels became 1 x 1")
     return " and ".join(parts)
 
 

@@ -54,11 +54,27 @@ class Width(BaseModel):
 
 
 class Depth(BaseModel):
-    """Residual blocks: how many could go as a whole, and which did."""
+    """Whole layers: residual blocks that could go and kernels that could shrink, and those that did."""
 
     model_config = ConfigDict(extra="forbid")
     blocks: int = 0
     removed: list[str] = Field(default_factory=list)
+    kernels: int = 0
+    reduced: list[str] = Field(default_factory=list)
+    """Convolutions that have one tap left."""
+
+    @classmethod
+    def between(cls, dense: ChannelGraph, pruned: ChannelGraph) -> Depth:
+        return cls(
+            blocks=len(dense.blocks),
+            removed=[name for name in dense.blocks if name not in pruned.blocks],
+            kernels=len(dense.kernels),
+            reduced=[
+                name
+                for name, kernel in dense.kernels.items()
+                if name not in pruned.kernels and kernel.tensor in pruned.tensors
+            ],
+        )
 
 
 class Report(BaseModel):
@@ -135,9 +151,7 @@ def make_report(
         classes=description.classes,
         images=dict(description.images),
         widths=widths,
-        depth=Depth(
-            blocks=len(dense.blocks), removed=[name for name in dense.blocks if name not in pruned.blocks]
-        ),
+        depth=Depth.between(dense, pruned),
         history=history.rows,
         settings=settings.model_dump(mode="json", exclude={"trust"}),
         versions=dict(description.versions),

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from prunus.core.charts import width_bars
-from prunus.core.display import human, proof, removed_blocks
+from prunus.core.display import human, proof, whole_layers
 from prunus.core.files import write_atomically
 from prunus.core.latency_target import LatencyResult
 from prunus.core.report import Depth, Report, Width
@@ -152,7 +152,8 @@ def _widths(widths: list[Width]) -> list[str]:
 
 
 def _depth(depth: Depth) -> list[str]:
-    return ["<h2>Depth</h2>", f"<p>{escape(removed_blocks(depth))}</p>"] if depth.removed else []
+    said = whole_layers(depth)
+    return ["<h2>Depth</h2>", *(f"<p>{escape(sentence)}</p>" for sentence in said)] if said else []
 
 
 def _again(report: Report) -> list[str]:

@@ -52,11 +52,21 @@ def compare(
     worst = _measured(pruned, reference, args)
     if in_double and not _relative(worst) <= tolerance:
         worst = _in_double(pruned, reference, args) or worst
+    return verified(
+        worst,
+        "the pruned model is not the masked one",
+        "Lock the groups at fault, or report the model",
+        tolerance,
+    )
+
+
+def verified(worst: Worst, problem: str, advice: str, tolerance: float = TOLERANCE) -> Verification:
+    """The figures of a proof. Raises VerificationError, with what is wrong and what to do, if it failed."""
     error, scale = worst
     if not _relative(worst) <= tolerance:
         raise VerificationError(
-            f"the pruned model is not the masked one: outputs differ by {error:.3g} where the largest is "
-            f"{scale:.3g} (allowed: {tolerance:.0e} of it). Lock the groups at fault, or report the model",
+            f"{problem}: outputs differ by {error:.3g} where the largest is {scale:.3g} "
+            f"(allowed: {tolerance:.0e} of it). {advice}",
             max_error=error,
             scale=scale,
         )

@@ -12,6 +12,8 @@ from prunus.core.blocks import Block
 from prunus.core.cost import CostTerm, Extent
 from prunus.core.display_graph import graph_tables
 from prunus.core.graph import ChannelGraph, ChannelGroup, Slice
+from prunus.core.kernels import Kernel
+from prunus.core.testing.graphs import residual_graph
 
 
 def _graph(locked: dict[int, str]) -> ChannelGraph:
@@ -61,3 +63,12 @@ def test_blocks_that_can_go_are_named_together_with_what_they_save() -> None:
     blocks = [Block(f"blocks.{n}", frozenset({f"blocks.{n}.fc.weight"}), frozenset()) for n in (1, 2, 3)]
     text = _printed(ChannelGraph(graph.groups.values(), graph.terms, graph.tensors, blocks))
     assert "3 residual blocks can go as a whole (iterative --depth), with 50.0% of the MACs: blocks.1-3." in text
+
+
+def test_kernels_that_can_be_reduced_are_counted_with_what_they_save() -> None:
+    graph = residual_graph(8, [6, 4])
+    kernels = [Kernel("block0.conv1", "block0.conv1.weight", 3, ("kernel",)), Kernel("stem", "stem.weight", 3)]
+    text = _printed(graph.with_kernels(kernels))
+    whole = graph.cost().macs
+    share = 8 / 9 * 9 * 64 * (6 * 8 + 3 * 8) / whole
+    assert f"2 kernels can become 1 x 1 (gsm-anneal, layers=kernels), with {share:.1%} of the MACs; 1 can" in text

@@ -14,9 +14,11 @@ from rich.console import Console
 
 from prunus.core.charts import Series, heat_map, line_chart, ticks, width_bars
 from prunus.core.display import bar, by_stage, human, proof, summary
+from prunus.core.kernels import Kernel
 from prunus.core.model_card import model_card
-from prunus.core.report import Report, Width
+from prunus.core.report import Depth, Report, Width
 from prunus.core.report_page import render
+from prunus.core.testing.graphs import residual_graph
 
 EVIL = '<script>alert("x")</script>'
 
@@ -212,16 +214,29 @@ def test_the_proof_names_the_error_and_its_scale() -> None:
     assert "at most 1.0e-07 (5.0e-08 of their scale)" in proof(_report())
 
 
-def test_removed_blocks_are_named_in_terminal_page_and_card() -> None:
-    report = _report(depth={"blocks": 5, "removed": ["layer1.1", "layer3.2"]})
-    said = "Blocks removed: 2 of 5 (layer1.1, layer3.2)."
+def test_layers_that_went_are_named_in_terminal_page_and_card() -> None:
+    depth = {"blocks": 5, "removed": ["layer1.1", "layer3.2"], "kernels": 9, "reduced": ["layer2.0.conv1"]}
+    report = _report(depth=depth)
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(summary(report))
-    assert said in console.export_text()
-    assert said in render(report)
+    text = console.export_text()
+    for said in ("Blocks removed: 2 of 5 (layer1.1, layer3.2).", "Kernels now 1 x 1: 1 of 9 (layer2.0.conv1)."):
+        assert said in text
+        assert said in render(report)
+    assert "1 of 9 kernels became 1 x 1" in model_card(report, "load()", [])
     assert "2 of 5 residual blocks were taken out" in model_card(report, "load()", [])
     assert "Blocks removed" not in render(_report())
 
 
 def test_a_report_from_before_blocks_is_read() -> None:
     assert _report().depth.removed == []
+
+
+def test_what_went_is_the_difference_of_two_graphs() -> None:
+    graph = residual_graph(8, [6, 4])
+    names = ("block0.conv1", "block1.conv1", "block1.conv2")
+    dense = graph.with_kernels(Kernel(name, f"{name}.weight", 3) for name in names)
+    pruned = dense.without_kernels(["block1.conv2"]).without_blocks(["block0"])
+    depth = Depth.between(dense, pruned)
+    assert (depth.blocks, depth.removed) == (2, ["block0"])
+    assert (depth.kernels, depth.reduced) == (3, ["block1.conv2"])  # that of the block went with it
