@@ -73,7 +73,7 @@ def run(
         def began(self, index: int, directive: Any) -> None:
             self.spent("method")
 
-        def answered(self, index: int, directive: Any, observation: Any, seconds: float) -> None:
+        def answered(self, index: int, directive: Any, observation: Any) -> None:
             gates = " with gates" if getattr(directive, "gates", None) is not None else ""
             kind = type(directive).__name__ + gates
             self.spent(kind)
