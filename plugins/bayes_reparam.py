@@ -166,9 +166,8 @@ def _observe(
         weights = weights or {name: reader.read(Signal.WEIGHT, name) for name in sliced_weights(graph)}
         part = pooled.add(graph, reader)
         if config.folds > 1:
-            discrepancy = Discrepancy(graph, weights, part, config.ridge, use_up=True)
-            per_fold.append(log_scores(graph, budget, discrepancy))
-            del discrepancy
+            alone = Discrepancy(graph, weights, part, config.ridge, scores_only=True)
+            per_fold.append(log_scores(graph, budget, alone))
         del reader, part  # as large as all covariances: they must not wait for the next fold's
     moments, blind = pooled.moments(), pooled.without_covariance
     del pooled

@@ -94,6 +94,10 @@ class Reader:
         """(units,): the share of the output variance (of the rows that are left) lost with each unit."""
         return np.asarray(self._loss[group] / max(float(self.energy.sum()), _TINY))
 
+    def settle(self) -> None:
+        """Nothing will be removed: only the discrepancies stay."""
+        del self.weight, self._precision, self._conditional
+
     def remove_inputs(self, gone: IntArray) -> None:
         if self._precision is None:
             self.weight[:, gone] = 0.0
@@ -136,32 +140,31 @@ class Discrepancy:
         self,
         graph: ChannelGraph,
         weights: Mapping[str, FloatArray],
-        moments: dict[str, FloatArray],
+        moments: Mapping[str, FloatArray],
         ridge: float = 1e-3,
         sensitivity: Mapping[str, float] | None = None,
         *,
-        use_up: bool = False,
+        scores_only: bool = False,
     ) -> None:
         """`weights` by tensor name: all that are in `sliced_weights(graph)`. `moments` by tensor name:
         covariance (n, n) or variances (n,) of what it reads; a reader without counts every input as 1.
-        `sensitivity`: a factor for every unit of a group, 1 if not named. `use_up`: take out of `moments` what
-        has been used, since the precisions made of them are as large."""
+        `sensitivity`: a factor for every unit of a group, 1 if not named. `scores_only`: nothing will be
+        removed, so the precisions, as large as all covariances, are not kept."""
         self._factor = {name: (sensitivity or {}).get(name, 1.0) for name in graph.prunable}
         self._inputs: dict[str, list[tuple[Reader, IntArray]]] = {name: [] for name in graph.prunable}
         self._rows: dict[str, list[tuple[Reader, list[IntArray]]]] = {name: [] for name in graph.prunable}
         self._blind: dict[str, FloatArray] = {}
-        axes = reading_axes(graph)
-        for k, axis in enumerate(axes):
-            self._add(graph, axis, np.asarray(weights[axis[0]]), moments.get(axis[0]), ridge)
-            if use_up and all(later[0] != axis[0] for later in axes[k + 1 :]):
-                moments.pop(axis[0], None)
+        for axis in reading_axes(graph):
+            reader = self._add(graph, axis, np.asarray(weights[axis[0]]), moments.get(axis[0]), ridge)
+            if scores_only:
+                reader.settle()
         for name in graph.prunable:
             if not self._inputs[name]:
                 self._blind[name] = _share_of_writers(graph, name, weights)
 
     def _add(
         self, graph: ChannelGraph, axis: Axis, weight: FloatArray, moments: FloatArray | None, ridge: float
-    ) -> None:
+    ) -> Reader:
         matrix = np.moveaxis(weight, axis[1], -1)
         row_ids = np.arange(matrix[..., 0].size).reshape(matrix.shape[:-1])
         n = matrix.shape[-1]
@@ -179,6 +182,7 @@ class Discrepancy:
                         for unit in range(graph.groups[name].units)
                     ]
                     self._rows[name].append((reader, rows))
+        return reader
 
     def of(self, group: str) -> FloatArray:
         """(units,): summed over the readers; 0 for units that are gone. A group that nothing reads through

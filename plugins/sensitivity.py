@@ -33,7 +33,7 @@ _WIDEST = 4.0
 def measure_sensitivity(
     graph: ChannelGraph,
     weights: Mapping[str, FloatArray],
-    moments: dict[str, FloatArray],
+    moments: Mapping[str, FloatArray],
     ridge: float,
     refit: Refit,
     images: int,
