@@ -55,7 +55,7 @@ class _Reader:
 
 
 class Energies:
-    """Statistics of all readers, copied out of a measurement, and the energies that they give."""
+    """Statistics of all readers, and the energies that they give."""
 
     def __init__(self, graph: ChannelGraph, signals: SignalReader, source: Source) -> None:
         self.source = source
@@ -90,9 +90,9 @@ class Energies:
 
     def _spread(self, signals: SignalReader, tensor: str, length: int) -> FloatArray:
         if self.source == "conditional" and signals.has(Signal.ACTIVATION_COVARIANCE, tensor):
-            return np.array(signals.read(Signal.ACTIVATION_COVARIANCE, tensor), dtype=np.float64)
+            return signals.read(Signal.ACTIVATION_COVARIANCE, tensor)
         if signals.has(Signal.ACTIVATION_VARIANCE, tensor):
-            return np.array(signals.read(Signal.ACTIVATION_VARIANCE, tensor), dtype=np.float64)
+            return signals.read(Signal.ACTIVATION_VARIANCE, tensor)
         self.assumed_variance = True
         return np.ones(length)
 

@@ -96,6 +96,7 @@ class Trainer:
                     tally = self._epoch(module, network, optimizer, job, epoch, total)
                 if job.on_epoch_end is not None and epoch.first + epoch.steps < total:
                     job.on_epoch_end(epoch.number + 1)
+        optimizer.zero_grad(set_to_none=True)  # as large as the weights, and of no more use
         per_image = 3 * job.forward_macs + sum(teacher.macs for teacher in job.teachers)
         images = total * (tally.images // max(tally.steps, 1))
         return Trained(
