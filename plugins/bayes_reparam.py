@@ -99,6 +99,7 @@ class BayesReparam(PruningPolicy):
                         graph, seen.weights, seen.moments, config.ridge, config.refit, config.images
                     )
                     seen = seen.weighted(graph, budget, config.ridge, sensitivity)
+            seen.moments.clear()  # as large as the precisions that were made of them
             beliefs = _believe(config, beliefs, seen)
             probabilities, tau = pruning_probabilities(graph, budget, beliefs)
             chosen = select(graph, budget, seen.discrepancy, beliefs, seen.scores, tau)
