@@ -170,16 +170,18 @@ def _observe(
             alone = Discrepancy(graph, weights, part, config.ridge, scores_only=True)
             per_fold.append(log_scores(graph, budget, alone))
         del reader, part  # as large as all covariances: they must not wait for the next fold's
-    moments, blind = pooled.moments(), pooled.without_covariance
-    del pooled
-    discrepancy = Discrepancy(graph, weights, moments, config.ridge, sensitivity)
     noise = dict.fromkeys(graph.prunable, 0.0)
     if per_fold:
         for name in noise:
             variance = np.var([scores[name] for scores in per_fold], axis=0, ddof=1)
             noise[name] = float(variance.mean()) / config.folds
-    if blind:
-        yield Note("covariance-missing", {"readers": ", ".join(sorted(blind))})
+    if pooled.without_covariance:
+        yield Note("covariance-missing", {"readers": ", ".join(sorted(pooled.without_covariance))})
+    # with this note the last fold is over, too: the run writes down what was read, and lets go of it
+    yield Note("folds", {"folds": config.folds, "variance": float(np.mean(list(noise.values())))})
+    moments = pooled.moments()
+    del pooled
+    discrepancy = Discrepancy(graph, weights, moments, config.ridge, sensitivity)
     return _Seen(weights, moments, discrepancy, log_scores(graph, budget, discrepancy), noise)
 
 

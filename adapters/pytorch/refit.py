@@ -36,7 +36,7 @@ WIDEST = 6000
 NARROW = 2048
 MEMORY = 5 << 29
 """Bytes for activations of all images at once; fewer images are used where they do not fit. With what else a run
-holds, ResNet-50 and ViT-B stay below 6 GiB (benchmarks/results/memory.md)."""
+holds, ResNet-50 stays below 6 GiB (benchmarks/results/memory.md)."""
 TARGET_MEMORY = 5 << 28
 """Bytes for the dense model's sampled outputs; fewer positions are used where they do not fit."""
 FOLDS = 2
