@@ -225,7 +225,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(trained: nn.Module) 
     for pieces in (1, 2):
         model = copy.deepcopy(trained)
         optimizer = sgd(model)
-        run = start(model, optimizer, plugin="gsm-anneal", config={"rounds": 2}, epochs=2.0)
+        run = start(model, optimizer, plugin="gsm-anneal", config={"rounds": 2, "round_share": 0.8}, epochs=2.0)
         model.train()
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
