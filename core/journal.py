@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
+from safetensors.numpy import save_file
 
 from prunus.core.directives import Observation
 from prunus.core.errors import JournalError, PlanError
@@ -109,9 +110,7 @@ class Journal:
         observed, arrays = record(observation)
         checksum = None
         if arrays:
-            content = save_arrays({name: np.ascontiguousarray(a) for name, a in arrays.items()})
-            checksum = hashlib.sha256(content).hexdigest()
-            write_atomically(self._arrays(index), content)
+            checksum = _write_arrays(self._arrays(index), arrays)
         entry = _EntryRecord.model_validate(
             {
                 "index": index,
@@ -143,6 +142,23 @@ class Journal:
 
     def _arrays(self, index: int) -> Path:
         return self.folder / f"{index:06d}.safetensors"
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    """Write the arrays, without a copy of all in memory; the SHA-256 of the file. Raises OSError."""
+    digest = ""
+
+    def write(temporary: Path) -> None:
+        nonlocal digest
+        try:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+        except SafetensorError as error:  # what the system said, in words
+            raise OSError(f"{temporary.name} cannot be written: {error}") from error
+        with temporary.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+
+    write_atomically(path, write)
+    return digest
 
 
 def read_head(folder: Path) -> Head:
