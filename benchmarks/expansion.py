@@ -83,6 +83,7 @@ def run(model: str, target: str, seed: int, variant: str, chosen: argparse.Names
     return {
         "model": model, "target": target, "seed": seed, "variant": variant, "set": chosen.set,
         "compute": round(report.training_macs / epoch, 3), "asked": chosen.compute,
+        "dense_epochs": chosen.dense_epochs,
         "dense": report.dense.accuracy, "test": report.pruned.accuracy,
         "holdout": adapter.evaluate(Evaluate()).accuracy,
         "macs": report.pruned.macs / report.dense.macs, "params": report.pruned.params / report.dense.params,
@@ -117,7 +118,8 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown: mean on test and every seed, compute in epochs of the dense network, what went."""
     cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for r in records:
-        cells.setdefault((r["model"], r["target"]), {}).setdefault(r["variant"], []).append(r)
+        row = f"`{r['model']}`, {r['dense_epochs']:g} epochs dense"
+        cells.setdefault((row, r["target"]), {}).setdefault(r["variant"], []).append(r)
     yield "| model, target | expansion | test | MACs, parameters left | compute | blocks, kernels gone |"
     yield "|---|---|---:|---:|---:|---:|"
     for (model, target), variants in cells.items():
@@ -128,7 +130,7 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
             left = ", ".join(f"{statistics.mean(r[key] for r in rows):.1%}" for key in ("macs", "params"))
             spent = statistics.mean(r["compute"] for r in rows)
             gone = " / ".join(f"{len(r['blocks'])}, {len(r['kernels'])}" for r in rows)
-            yield f"| `{model}`, {target} | {variant} | {test} | {left} | {spent:.2f} | {gone} |"
+            yield f"| {model}, {target} | {variant} | {test} | {left} | {spent:.2f} | {gone} |"
 
 
 def main() -> None:
@@ -150,13 +152,14 @@ def main() -> None:
     if chosen.table:
         print("\n".join(table(records)))
         return
-    key = ("model", "target", "seed", "variant", "set")
+    key = ("model", "target", "seed", "variant", "set", "asked", "dense_epochs")
     done = {tuple(record[k] for k in key) for record in records}
+    fixed = (chosen.set, chosen.compute, chosen.dense_epochs)
     for seed in chosen.seeds:
         for model in chosen.models:
             for target in chosen.targets:
                 for variant in chosen.variants:
-                    if (model, target, seed, variant, chosen.set) in done:
+                    if (model, target, seed, variant, *fixed) in done:
                         continue
                     record = run(model, target, seed, variant, chosen)
                     with chosen.output.open("a", encoding="utf-8") as output:
