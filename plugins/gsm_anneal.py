@@ -131,6 +131,8 @@ class _Search:
     def opened(self, layers: Layers) -> None:
         """From now on these layers may go, too; nothing speaks against one yet."""
         self.choice = Choice.of(self.graph, layers)
+        if not self.choice.names:
+            return
         self.units += len(self.choice.names)
         if self.probabilities is not None:
             self.probabilities |= {name: np.ones(1) for name in self.choice.names}
