@@ -24,6 +24,8 @@ WORDS = [
     "none",
     "--model",
     "prunus/resnet14",
+    "--img-size",
+    "64",  # operators long enough to be timed on a machine that does other things, too
     "--threads",
     "1",
     "--json",
