@@ -21,6 +21,8 @@ from prunus.core.budget import Budget, Target
 from prunus.core.errors import ConfigError
 from prunus.core.latency import LatencyTable
 
+pytestmark = pytest.mark.slow  # times real operators: on a machine whose clock drifts by factors no limit holds
+
 EXAMPLE = (torch.randn(2, 3, 32, 32),)
 
 

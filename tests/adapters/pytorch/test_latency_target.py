@@ -16,6 +16,8 @@ from prunus.core.latency import LatencyTable
 from prunus.core.latency_target import read_table, write_table
 from prunus.core.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow  # times real operators: on a machine whose clock drifts by factors no limit holds
+
 WORDS = [
     "prune",
     "--plugin",
