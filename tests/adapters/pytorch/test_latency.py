@@ -21,11 +21,13 @@ from prunus.core.budget import Budget, Target
 from prunus.core.errors import ConfigError
 from prunus.core.latency import LatencyTable
 
-pytestmark = pytest.mark.slow  # times real operators: on a machine whose clock drifts by factors no limit holds
+TIMED = pytest.mark.slow
+"""Times real operators: on a machine whose clock drifts by factors no limit holds."""
 
 EXAMPLE = (torch.randn(2, 3, 32, 32),)
 
 
+@TIMED
 def test_a_wider_model_takes_longer() -> None:
     narrow, wide = SmallResNet(1, widths=(8, 16, 32)), SmallResNet(1, widths=(64, 128, 256))
     found = measure_pair(wide, narrow, EXAMPLE, repeats=15, threads=1)
@@ -112,6 +114,7 @@ def check_table(prepared: Prepared, shrink: Shrink, table: LatencyTable, example
     )
 
 
+@TIMED
 def test_a_table_of_timed_operators_foretells_whole_models_and_makes_latency_a_target() -> None:
     torch.manual_seed(0)
     check_table(*tabled(ZOO["resnet14"](), EXAMPLE), EXAMPLE)
@@ -126,6 +129,7 @@ def test_tables_of_other_architectures_foretell_whole_models(name: str, size: in
     assert float(np.median(np.abs(table.errors))) < 0.2
 
 
+@TIMED
 def test_every_operator_that_can_shrink_has_a_term() -> None:
     model = ZOO["resnet8"]()
     prepared, _, table = tabled(model, EXAMPLE)
