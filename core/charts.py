@@ -146,6 +146,32 @@ def width_bars(rows: Sequence[tuple[str, int, int]]) -> str:
     return f'<figure class="wide">{legend}<svg {drawing}>{"".join(parts)}</svg></figure>'
 
 
+def layer_bars(rows: Sequence[tuple[str, int, int | None, str]]) -> str:
+    """(name, outputs before, outputs after, remark) as bars, the first layer on top; None after for what went."""
+    if not rows:
+        return ""
+    most = max(max(before, after or 0) for _, before, after, _ in rows)
+    step, left, width, text = 16, 260, 900, 220
+    parts = []
+    for i, (name, before, after, remark) in enumerate(rows):
+        y = i * step
+        full, kept = (n / most * (width - left - text) for n in (before, after or 0))
+        shown = name if len(name) <= 40 else "…" + name[-39:]
+        parts.append(
+            f'<text x="{left - 8}" y="{y + 12}" text-anchor="end"><title>{escape(name)}</title>'
+            f"{escape(shown)}</text>"
+            f'<rect x="{left}" y="{y + 2}" width="{full:.1f}" height="12" rx="2" '
+            f'class="{"gone" if after is None else "before"}"/>'
+            f'<rect x="{left}" y="{y + 2}" width="{kept:.1f}" height="12" rx="2" class="after"/>'
+            f'<text x="{left + max(full, kept) + 6:.1f}" y="{y + 12}">{escape(remark)}</text>'
+        )
+    drawing = f'viewBox="0 0 {width} {len(rows) * step + 4}" role="img" aria-label="outputs kept of each layer"'
+    marks = [("after", "kept"), ("before", "before"), ("gone", "gone with its block")]
+    used = marks if any(after is None for _, _, after, _ in rows) else marks[:2]
+    legend = "".join(f'<span><i class="{mark}"></i>{said}</span>' for mark, said in used)
+    return f'<figure class="wide"><div class="legend">{legend}</div><svg {drawing}>{"".join(parts)}</svg></figure>'
+
+
 def heat_map(title: str, rows: Sequence[tuple[str, Sequence[float]]], x_label: str) -> str:
     """(name, values in 0..1 from left to right) as rows of cells, the darker the nearer to 1."""
     if not rows or not any(len(values) for _, values in rows):

@@ -77,6 +77,34 @@ class Depth(BaseModel):
         )
 
 
+class Layer(BaseModel):
+    """The weights of one layer before and after."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    before: tuple[int, ...]
+    """Shape."""
+    after: tuple[int, ...] | None
+    """None where its block went."""
+    axis: int = 0
+    """Of its outputs."""
+
+    @classmethod
+    def between(cls, dense: ChannelGraph, pruned: ChannelGraph) -> list[Layer]:
+        """All that make or take channels, in the order the model uses them."""
+        outputs: dict[str, int] = {}
+        for (tensor, axis), slices in dense.slices_of.items():
+            roles = {piece.role for _, piece in slices}
+            made, read = bool(roles & {"writes", "scales"}), "reads" in roles
+            is_weight = axis == 0 or read or tensor in outputs  # neither a bias nor a position embedding
+            if len(dense.tensors[tensor]) > 1 and is_weight and (made or tensor not in outputs):
+                outputs[tensor] = axis if made else 0
+        return [
+            cls(name=name, before=dense.tensors[name], after=pruned.tensors.get(name), axis=axis)
+            for name, axis in outputs.items()
+        ]
+
+
 class Report(BaseModel):
     """Everything there is to say about a finished run."""
 
@@ -102,6 +130,7 @@ class Report(BaseModel):
     images: dict[str, int]
     widths: list[Width]
     depth: Depth = Field(default_factory=Depth)
+    layers: list[Layer] = Field(default_factory=list)
     history: list[dict[str, Any]]
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -109,7 +138,7 @@ class Report(BaseModel):
 
     def for_scripts(self) -> dict[str, Any]:
         """What `prune --json` prints: the report without its long lists."""
-        return self.model_dump(mode="json", by_alias=True, exclude={"history", "widths", "settings"})
+        return self.model_dump(mode="json", by_alias=True, exclude={"history", "widths", "layers", "settings"})
 
 
 def make_report(
@@ -152,6 +181,7 @@ def make_report(
         images=dict(description.images),
         widths=widths,
         depth=Depth.between(dense, pruned),
+        layers=Layer.between(dense, pruned),
         history=history.rows,
         settings=settings.model_dump(mode="json", exclude={"trust"}),
         versions=dict(description.versions),

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from prunus.core.charts import width_bars
+from prunus.core.charts import layer_bars, width_bars
 from prunus.core.display import human, proof, whole_layers
 from prunus.core.files import write_atomically
 from prunus.core.latency_target import LatencyResult
-from prunus.core.report import Depth, Report, Width
+from prunus.core.report import Layer, Report, Width
 from prunus.core.report_charts import note_sections, progress_charts, section, single_notes
 from prunus.core.report_style import STYLE
 from prunus.core.toml_text import to_toml
@@ -39,7 +39,7 @@ def render(report: Report) -> str:
         _latency(report.latency),
         *_course(report),
         *_widths(report.widths),
-        *_depth(report.depth),
+        *_layers(report),
         "<h2>Repeat it</h2>",
         *_again(report),
         "<h2>Environment</h2>",
@@ -151,9 +151,27 @@ def _widths(widths: list[Width]) -> list[str]:
     ]
 
 
-def _depth(depth: Depth) -> list[str]:
-    said = whole_layers(depth)
-    return ["<h2>Depth</h2>", *(f"<p>{escape(sentence)}</p>" for sentence in said)] if said else []
+def _layers(report: Report) -> list[str]:
+    """The shape of the network that is left, layer by layer, and what went as a whole."""
+    rows = [(layer.name, layer.before[layer.axis], *_left(layer)) for layer in report.layers]
+    said = [f"<p>{escape(sentence)}</p>" for sentence in whole_layers(report.depth)]
+    if not rows and not said:
+        return []
+    opened = " open" if said or len(rows) <= _FEW else ""
+    drawn = f"<details{opened}><summary>{len(rows)} layers</summary>{layer_bars(rows)}</details>" if rows else ""
+    return ["<h2>Layers</h2>", *said, drawn]
+
+
+def _left(layer: Layer) -> tuple[int | None, str]:
+    """Outputs that are left, and the shape of the weights before and after."""
+    before, after = layer.before, layer.after
+    if after is None:
+        return None, f"{_shape(before)}, gone"
+    return after[layer.axis], _shape(before) if after == before else f"{_shape(before)} → {_shape(after)}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(str(n) for n in shape)
 
 
 def _again(report: Report) -> list[str]:

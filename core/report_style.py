@@ -43,6 +43,7 @@ polyline { fill: none; stroke-width: 2 }
 .plot { fill: var(--soft) }
 .grid { stroke: var(--line); stroke-width: .7 }
 .before { fill: var(--line); background: var(--line) }
+.gone { fill: none; stroke: var(--ink); stroke-opacity: .4; stroke-dasharray: 4 3; border: 1px dashed var(--line) }
 .after { fill: var(--mark); background: var(--mark) }
 polyline.c0 { stroke: var(--c0) } circle.c0 { fill: var(--c0) } i.c0 { background: var(--c0) }
 polyline.c1 { stroke: var(--c1) } circle.c1 { fill: var(--c1) } i.c1 { background: var(--c1) }

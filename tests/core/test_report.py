@@ -16,7 +16,7 @@ from prunus.core.charts import Series, heat_map, line_chart, ticks, width_bars
 from prunus.core.display import bar, by_stage, human, proof, summary
 from prunus.core.kernels import Kernel
 from prunus.core.model_card import model_card
-from prunus.core.report import Depth, Report, Width
+from prunus.core.report import Depth, Layer, Report, Width
 from prunus.core.report_page import render
 from prunus.core.testing.graphs import residual_graph
 
@@ -226,6 +226,22 @@ def test_layers_that_went_are_named_in_terminal_page_and_card() -> None:
     assert "1 of 9 kernels became 1 x 1" in model_card(report, "load()", [])
     assert "2 of 5 residual blocks were taken out" in model_card(report, "load()", [])
     assert "Blocks removed" not in render(_report())
+
+
+def test_the_page_draws_the_shape_of_what_is_left_layer_by_layer() -> None:
+    graph = residual_graph(8, [6, 4])
+    dense = graph.with_kernels([Kernel("block1.conv1", "block1.conv1.weight", 3)])
+    pruned = dense.restrict({"inner1": [0, 2, 3]}).without_kernels(["block1.conv1"])
+    layers = {layer.name: layer for layer in Layer.between(dense, pruned.without_blocks(["block0"]))}
+    assert layers["block0.conv1.weight"].after is None
+    assert layers["block1.conv1.weight"].before == (4, 8, 3, 3)
+    assert layers["block1.conv1.weight"].after == (3, 8, 1, 1)
+    assert layers["block1.conv2.weight"].after == (8, 3, 3, 3)
+    assert not any(len(layer.before) == 1 for layer in layers.values())  # weights alone, no biases
+    page = render(_report(layers=[layer.model_dump() for layer in layers.values()]))
+    for said in ("4 × 8 × 3 × 3 → 3 × 8 × 1 × 1", "6 × 8 × 3 × 3, gone", f"{len(layers)} layers"):
+        assert said in page
+    assert page.count('class="gone"/>') == 2  # the two convolutions of the block
 
 
 def test_a_report_from_before_blocks_is_read() -> None:
