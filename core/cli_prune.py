@@ -120,6 +120,10 @@ def prune(
     ] = None,
     batch_size: Annotated[int | None, _option("--batch-size", help="Images per step.", panel=_TRAINING)] = None,
     lr: Annotated[float | None, _option("--lr", help="Peak learning rate.", panel=_TRAINING)] = None,
+    recovery_lr: Annotated[
+        float | None,
+        _option("--recovery-lr", help="After removals [--lr, or a third of its default].", panel=_TRAINING),
+    ] = None,
     opt: Annotated[
         str | None, _option("--opt", help="sgd, adamw, or any of timm.optim: lamb... [sgd].", panel=_RECIPE)
     ] = None,
@@ -240,8 +244,9 @@ _SETTINGS = frozenset(
     {
         "plugin", "importance", "min_share", "multiple_of", "verify", "model", "pretrained", "checkpoint",
         "img_size", "adapter", "data", "train_limit", "holdout", "workers", "steps_per_epoch", "num_classes",
-        "epochs", "dense_epochs", "batch_size", "lr", "opt", "weight_decay", "sched", "decay_epochs", "decay_rate",
-        "mixup", "cutmix", "smoothing", "aa", "reprob", "amp", "amp_dtype", "accumulate", "clip_grad",
+        "epochs", "dense_epochs", "batch_size", "lr", "recovery_lr", "opt", "weight_decay", "sched",
+        "decay_epochs", "decay_rate", "mixup", "cutmix", "smoothing", "aa", "reprob", "amp", "amp_dtype",
+        "accumulate", "clip_grad",
         "model_ema", "model_ema_decay", "torchcompile", "channels_last", "device", "threads", "seed", "track",
     }
 )  # fmt: skip

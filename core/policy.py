@@ -28,6 +28,8 @@ class PruningTask:
     estimator: ImportanceEstimator | None = None
     epochs: float = 0.0
     """Training budget of the method, in epochs of the train split of the *original* model."""
+    recovery_lr: float | None = None
+    """Peak learning rate for a model that was trained before; None: as any training."""
     has_data: bool = True
     """False with --data none: only Signal.WEIGHT can be measured, nothing is trained or evaluated."""
     has_labels: bool = True

@@ -56,6 +56,8 @@ class RunSettings(BaseModel):
     """Images per training step."""
     lr: Annotated[float, Field(gt=0, le=100)] | None = None
     """Peak learning rate."""
+    recovery_lr: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Peak learning rate after removals; none: `lr` if that is given, else a third of its default."""
     opt: Text = "sgd"
     """Optimizer: sgd (nesterov), adamw, or another name that timm knows: lamb, nadamw, lion, ..."""
     sched: Literal["cosine", "tanh", "poly", "step"] | None = None

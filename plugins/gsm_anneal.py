@@ -169,7 +169,7 @@ class GsmAnneal(PruningPolicy):
             search.units = _units(search.graph)
         elif config.expansion == "branches" and piece:
             search.graph, search.macs = yield from grow_branches(task.graph)
-            yield gentle(_epochs(task, config, search, piece), config.round_lr, "branches")
+            yield gentle(task, _epochs(task, config, search, piece), config.round_lr, "branches")
             spent += piece
         for k in range(1, rounds):
             yield from _round(task, config, search, k, rounds, piece)
@@ -239,7 +239,7 @@ def _round(
         label = f"anneal {k} of {rounds}"
         decay = rates | branches.decay(config.decay)
         epochs = _epochs(task, config, search, piece)
-        yield gentle(epochs, config.round_lr, label, gates=search.gates, decay=decay)
+        yield gentle(task, epochs, config.round_lr, label, gates=search.gates, decay=decay)
 
 
 def _decide(

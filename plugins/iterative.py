@@ -73,7 +73,7 @@ def _narrow(
         result = changed((yield removal(task, config, keep)))
         graph = result.graph
         if k < rounds and can_train(task, pause):
-            yield gentle(pause, config.round_lr, f"round {k} of {rounds}")
+            yield gentle(task, pause, config.round_lr, f"round {k} of {rounds}")
     return result
 
 
@@ -94,4 +94,4 @@ def _shorten(
             return result
         pause = round(epochs * math.log(before / budget.load(graph.cost())) / whole, 3)
         if can_train(task, pause):
-            yield gentle(pause, config.round_lr, f"without {name}")
+            yield gentle(task, pause, config.round_lr, f"without {name}")

@@ -39,7 +39,7 @@ class RecoveryConfig(PluginConfig):
     images: int = Field(default=1024, ge=1)
     """Calibration images for signals, refit and recalibration."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the recovery; None is the run's."""
+    """Peak learning rate of the recovery; None is the run's (--recovery-lr)."""
     distil: Literal["auto", "always", "never"] = "auto"
     """Teach with the dense model; `auto` only if the pruned model starts well, a bad start is harmed by it."""
     distil_weight: float | None = Field(default=None, ge=0, le=1)
@@ -63,14 +63,20 @@ TAIL = 0.75
 
 
 def gentle(
-    epochs: float, lr: float | None, label: str, *, gates: Gates | None = None, decay: Gates | None = None
+    task: PruningTask,
+    epochs: float,
+    lr: float | None,
+    label: str,
+    *,
+    gates: Gates | None = None,
+    decay: Gates | None = None,
 ) -> Train:
     """A training between removals: a high rate would undo what the refit kept (methods, section 0).
 
-    Without `lr` it is the tail of the run's cycle, whatever the optimizer and its rate are.
+    Without `lr` it is the tail of a recovery's cycle, whatever the optimizer and its rate are.
     """
-    start = TAIL if lr is None else 0.0
-    return Train(epochs=epochs, lr=lr, start=start, gates=gates, decay=decay, label=label)
+    start, peak = (TAIL, task.recovery_lr) if lr is None else (0.0, lr)
+    return Train(epochs=epochs, lr=peak, start=start, gates=gates, decay=decay, label=label)
 
 
 def can_train(task: PruningTask, epochs: float) -> bool:
@@ -82,7 +88,8 @@ def recover(task: PruningTask, config: RecoveryConfig, epochs: float) -> Generat
     if not can_train(task, epochs):
         return
     distil = yield from distillation(task, config, epochs)
-    yield Train(epochs=epochs, lr=config.lr, distil=distil, label="recover")
+    peak = config.lr if config.lr is not None else task.recovery_lr
+    yield Train(epochs=epochs, lr=peak, distil=distil, label="recover")
 
 
 def distillation(

@@ -18,11 +18,14 @@ class Recipe:
     """Training of the dense model where it has no weights for the data."""
     batch_size: int
     lr: float
+    """Of a training from random weights; what is left after a removal wants `_GENTLER`."""
 
 
 DIGITS = Recipe("timm/test_resnet", epochs=10, dense_epochs=20, batch_size=64, lr=0.2)
 SMALL_IMAGES = Recipe("prunus/resnet20", epochs=6, dense_epochs=10, batch_size=128, lr=0.15)
 IMAGES = Recipe("timm/resnet18", epochs=10, dense_epochs=90, batch_size=64, lr=0.05)
+_GENTLER = 1 / 3
+"""A refitted model keeps most of what the dense one knew: the full rate would undo that in its first steps."""
 _SGD = ("sgd", "momentum", "nesterov", "sgdw", "sgdp")
 """Optimizers that want rates of another order than Adam and its kin."""
 
@@ -44,13 +47,16 @@ def has_labels(data: str) -> bool:
 def filled(settings: RunSettings) -> RunSettings:
     """`settings` with every None that the data's recipe answers filled in."""
     recipe, trains = recipe_for(settings.data), has_labels(settings.data)
+    sgd = settings.opt in _SGD
+    lr = recipe.lr if sgd else 1e-3
     chosen = {
         "model": recipe.model,
         "epochs": recipe.epochs if trains else 0.0,
         "dense_epochs": recipe.dense_epochs if trains else 0.0,
         "batch_size": recipe.batch_size,
-        "lr": recipe.lr if settings.opt in _SGD else 1e-3,
-        "weight_decay": 5e-4 if settings.opt in _SGD else 0.05,
+        "lr": lr,
+        "recovery_lr": settings.lr if settings.lr is not None else lr * _GENTLER,
+        "weight_decay": 5e-4 if sgd else 0.05,
     }
     update = {name: value for name, value in chosen.items() if getattr(settings, name) is None}
     return settings.model_copy(update=update)

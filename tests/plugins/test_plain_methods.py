@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ from prunus.plugins.iterative import Iterative, IterativeConfig
 from prunus.plugins.magnitude import Magnitude
 from prunus.plugins.one_shot import OneShot, OneShotConfig
 from prunus.plugins.random_scores import RandomScores
+from prunus.plugins.recovery import TAIL
 from prunus.plugins.taylor import Taylor
 
 ALL = (Magnitude, Taylor, BnScale, Fpgm, RandomScores)
@@ -82,6 +85,16 @@ def test_the_iterative_method_spends_its_epochs_and_no_more() -> None:
     # between rounds the run's cycle ends, after the last it begins anew
     assert [(t.lr, t.start) for t in trained] == [(None, 0.75)] * 3 + [(None, 0.0)]
     assert trained[-1].epochs == pytest.approx(7.0)
+
+
+def test_what_a_removal_left_is_trained_at_the_rate_of_recoveries() -> None:
+    task = SimulatedAdapter(WIDTHS).task("macs=50%", epochs=4.0, estimator=Magnitude())
+    task = dataclasses.replace(task, recovery_lr=0.07)
+    trained = drive(Iterative(), task, SimulatedAdapter(WIDTHS)).of(Train)
+    assert [t.lr for t in trained] == [0.07] * len(trained)
+    assert [t.start for t in trained] == [TAIL] * (len(trained) - 1) + [0.0]  # gentle between the rounds
+    (recovery,) = drive(OneShot(OneShotConfig(lr=0.01)), task, SimulatedAdapter(WIDTHS)).of(Train)
+    assert recovery.lr == 0.01
 
 
 def test_budgets_of_the_rounds_fall_geometrically() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from prunus.adapters.pytorch.array_images import ArrayImages, ArrayTrainBatches
 from prunus.adapters.pytorch.augmentation import Augmentation
 from prunus.adapters.pytorch.batches import share_positions
 from prunus.adapters.pytorch.datasets import LoadOptions, load_data, open_data
+from prunus.adapters.pytorch.defaults import filled
 from prunus.adapters.pytorch.distillation import classification_loss, distillation_loss, teacher_weights
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.mixing import Mixing
@@ -30,6 +32,7 @@ from prunus.adapters.pytorch.schedule import Schedule, learning_rate
 from prunus.adapters.pytorch.training import Job, Trainer
 from prunus.core.directives import Distillation, Train
 from prunus.core.errors import ConfigError
+from prunus.core.settings import make_settings
 
 GREY = InputSpec((1, 8, 8), (0.0,), (1.0,))
 MIXINGS = [Mixing(0.2, 0.0, 0.0, 5), Mixing(0.0, 1.0, 0.1, 5), Mixing(0.8, 1.0, 0.1, 5)]
@@ -231,3 +234,20 @@ def test_mixed_labels_suit_a_model_with_more_answers_than_the_data_has_classes(t
         batch_size=8, lr=0.01, mixup=0.2, cutmix=1.0, smoothing=0.1, opt="nadamw", output=tmp_path / "run",
     )  # fmt: skip
     assert pruned.model(torch.randn(1, 3, 16, 16)).shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (0.15, 0.05)),  # fashion-mnist's own, and a third of it
+        ({"lr": 0.02}, (0.02, 0.02)),  # the user's word holds for everything
+        ({"recovery_lr": 0.01}, (0.15, 0.01)),
+        ({"opt": "adamw"}, (1e-3, 1e-3 / 3)),
+    ],
+)
+def test_a_pruned_model_is_trained_more_gently_than_one_from_scratch(
+    given: dict[str, Any], expected: tuple[float, float]
+) -> None:
+    settings = filled(make_settings({"data": "fashion-mnist", **given}))
+    assert (settings.lr, settings.recovery_lr) == pytest.approx(expected)
+    assert filled(settings) == settings  # so that a run begun again from its run.toml is the same
