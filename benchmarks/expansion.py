@@ -35,6 +35,7 @@ MODELS = ("prunus/resnet20", "prunus/vgg11_bn_small")
 TARGETS = ("macs=25%", "macs=10%", "params=20%", "params=10%")
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {},
+    "at once": {"rounds": 1},
     "wide": {"expansion": "wide", "rounds": 2, "round_share": 0.4, "round_lr": 0.05},
     "branches": {"expansion": "branches", "round_share": 0.4, "round_lr": 0.05},
     "branches, channels alone": {"expansion": "branches", "round_share": 0.4, "round_lr": 0.05, "layers": "none"},

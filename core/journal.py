@@ -67,11 +67,19 @@ class Entry:
     directive: str
     """Digest of the directive."""
     seconds: float
-    observation: Observation
+    folder: Path
+
+    @property
+    def observation(self) -> Observation:
+        """Read from the disk each time: the measurements of a long run do not fit in memory together.
+
+        Raises JournalError if the files are no longer what they were when the journal was opened.
+        """
+        return _observation(self.folder, self.index, _read_record(self.folder, self.index))
 
 
 class Journal:
-    """An append-only folder. `entries` are read once, when it is opened."""
+    """An append-only folder. Everything in it is checked when it is opened, one entry after the other."""
 
     def __init__(self, folder: Path, entries: list[Entry]) -> None:
         self.folder, self.entries = folder, entries
@@ -126,7 +134,7 @@ class Journal:
         if len(text) > MAX_ENTRY_BYTES:
             raise JournalError(f"entry {index} ({kind}) is {len(text)} bytes, the limit is {MAX_ENTRY_BYTES}")
         write_atomically(self._entry(index), text)
-        self.entries.append(Entry(index, kind, directive, seconds, observation))
+        self.entries.append(Entry(index, kind, directive, seconds, self.folder))
 
     def truncate(self, length: int) -> None:
         """Forget the entries from `length` on, the last one first, so that a crash leaves no gap."""
@@ -179,6 +187,12 @@ def _read_entries(folder: Path) -> list[Entry]:
 
 
 def _read_entry(folder: Path, index: int) -> Entry:
+    record = _read_record(folder, index)
+    _observation(folder, index, record)
+    return Entry(index, record.kind, record.directive, record.seconds, folder)
+
+
+def _read_record(folder: Path, index: int) -> _EntryRecord:
     path = folder / f"{index:06d}.json"
     raw = _read_bounded(path, MAX_ENTRY_BYTES)
     try:
@@ -193,12 +207,15 @@ def _read_entry(folder: Path, index: int) -> Entry:
         raise JournalError(f"{path} is damaged: {type(error).__name__} {str(error)[:200]}") from None
     if parsed.index != index:
         raise JournalError(f"{path} is damaged: it says it is entry {parsed.index}")
-    arrays = _read_arrays(folder / f"{index:06d}.safetensors", parsed.arrays)
+    return parsed
+
+
+def _observation(folder: Path, index: int, record: _EntryRecord) -> Observation:
+    arrays = _read_arrays(folder / f"{index:06d}.safetensors", record.arrays)
     try:
-        observation = rebuild(parsed.observation, arrays)
+        return rebuild(record.observation, arrays)
     except (PlanError, KeyError, IndexError, ValueError, OverflowError) as error:
-        raise JournalError(f"{path} is damaged: {error}") from None
-    return Entry(index, parsed.kind, parsed.directive, parsed.seconds, observation)
+        raise JournalError(f"{folder / f'{index:06d}.json'} is damaged: {error}") from None
 
 
 def _read_arrays(path: Path, checksum: str | None) -> dict[str, np.ndarray]:

@@ -34,7 +34,7 @@ from prunus.core.directives import (
 from prunus.core.errors import JournalError, PluginError, PrunusError, TrainingError
 from prunus.core.graph import ChannelGraph
 from prunus.core.journal import Entry, Journal
-from prunus.core.observations import RecordedReader, RecordingReader
+from prunus.core.observations import RecordingReader
 from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 
@@ -278,8 +278,6 @@ class _Run:
                 f"{type(directive).__name__} now. Was the plugin changed since?",
             )
         observation = entry.observation
-        if isinstance(observation, RecordingReader):  # written by this process: cannot be in a replay
-            observation = RecordedReader(observation.reads, observation.presence)
         self._events.answered(self._index, directive, observation, entry.seconds)
         return observation
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import weakref
 from pathlib import Path
 
@@ -214,6 +215,30 @@ def test_what_was_measured_is_given_up_once_it_is_written(tmp_path: Path) -> Non
     assert measured() is None and array() is not None
     journal.append("Measure", "0" * 64, reader, 0.0)
     assert array() is None and len(journal.entries) == 1
+
+
+def test_a_long_journal_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    journal, side, length = Journal.create(tmp_path / "journal", "1.0", BELONGS), 500, 8
+    for k in range(length):
+        reader = RecordingReader(Matrices(c=np.random.default_rng(k).normal(size=(side, side))), "p")
+        reader.read(Signal.ACTIVATION_COVARIANCE, "c")
+        journal.append("Measure", str(k) * 64, reader, 0.0)
+    tracemalloc.start()
+    try:
+        found = Journal.open(tmp_path / "journal", "1.0", BELONGS)
+        sums = [entry.observation.read(Signal.ACTIVATION_COVARIANCE, "c").sum() for entry in found.entries]  # type: ignore[union-attr]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(sums)) == length
+    assert peak < 4 * 8 * side**2  # bytes of a file, of its array, and of the one before
+
+
+def test_an_entry_that_is_damaged_after_the_journal_was_opened_is_refused(written: Path) -> None:
+    entry = Journal.open(written, "1.0", BELONGS).entries[3]
+    (written / "000003.safetensors").write_bytes(b"no longer")
+    with pytest.raises(JournalError, match="checksum does not match"):
+        _ = entry.observation
 
 
 def test_symmetric_and_single_precision_arrays_take_half_the_room_and_come_back_exactly(tmp_path: Path) -> None:
