@@ -148,10 +148,15 @@ class GsmAnneal(PruningPolicy):
     def check(self, task: PruningTask) -> None:
         config = self.config
         assert isinstance(config, GsmAnnealConfig)
-        if config.expansion == "branches" and not branchable(task.graph):
-            raise ConfigError(
-                "no convolution of this model can run as branches; use expansion=none", key="expansion"
-            )
+        if config.expansion == "branches":
+            if not branchable(task.graph):
+                said = "no convolution of this model can run as branches; use expansion=none"
+                raise ConfigError(said, key="expansion")
+            if not _piece(task, config):
+                said = (
+                    "branches are chosen by training them: expansion=branches needs labels, epochs and rounds > 1"
+                )
+                raise ConfigError(said, key="expansion")
         if _layers(task, config) != "none" and not task.has_data:
             raise ConfigError("layers are judged by what passes through them; --data is none", key="layers")
 
@@ -161,13 +166,13 @@ class GsmAnneal(PruningPolicy):
         layers = _layers(task, config)
         raise_if_unreachable(with_layers(task.graph, Choice.of(task.graph, layers)), task.budget)
         rounds = _rounds(task, config)
-        piece = config.round_share / rounds if rounds > 1 and can_train(task, task.epochs) else 0.0
+        piece = _piece(task, config)
         search = _Search(task.graph, task.graph.cost().macs, Choice({}, {}), _units(task.graph))
         spent = 0.0
         if config.expansion == "wide":
             search.graph, search.macs = yield from grow_wide(task.graph, config.ratio, every=config.grow == "all")
             search.units = _units(search.graph)
-        elif config.expansion == "branches" and piece:
+        elif config.expansion == "branches":
             search.graph, search.macs = yield from grow_branches(task.graph)
             yield gentle(task, _epochs(task, config, search, piece), config.round_lr, "branches")
             spent += piece
@@ -215,6 +220,12 @@ def _rounds(task: PruningTask, config: GsmAnnealConfig) -> int:
     if not can_train(task, task.epochs):
         return 1
     return 3 if task.epochs >= LONG else 2 if config.expansion == "branches" else 1
+
+
+def _piece(task: PruningTask, config: GsmAnnealConfig) -> float:
+    """Share of the whole training that each round takes."""
+    rounds = _rounds(task, config)
+    return config.round_share / rounds if rounds > 1 and can_train(task, task.epochs) else 0.0
 
 
 def _round(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from prunus.core.allocation import global_keep
 from prunus.core.budget import Budget, Target
 from prunus.core.directives import Directive, Evaluate, Grow, Measure, Observation, Remove, Train
 from prunus.core.errors import ConfigError, PluginError, UnreachableTargetError
+from prunus.core.kernels import Kernel
 from prunus.core.signals import Signal
 from prunus.core.testing.graphs import mlp_graph, residual_graph
 from prunus.core.testing.simulation import SimulatedAdapter
@@ -246,6 +249,27 @@ def test_a_model_that_nothing_can_widen_is_told_so() -> None:
     adapter = SimulatedAdapter(WIDTHS, h0={"locked": "x"}, h1={"locked": "x"}, h2={"locked": "x"})
     with pytest.raises(ConfigError, match="can be widened"):
         drive(GsmAnneal(GsmAnnealConfig(expansion="wide")), adapter.task("params=100K"), adapter)
+
+
+@pytest.mark.parametrize(
+    ("more", "config", "said"),
+    [
+        ({"epochs": 0.0}, {}, "chosen by training"),
+        ({"has_labels": False}, {}, "chosen by training"),
+        ({}, {"rounds": 1}, "chosen by training"),
+        ({}, {"round_share": 0.0}, "chosen by training"),
+        ({"graph": residual_graph(8, [6, 4])}, {}, "no convolution of this model"),
+    ],
+)
+def test_branches_that_nothing_would_choose_among_are_refused_before_anything_starts(
+    more: dict[str, Any], config: dict[str, Any], said: str
+) -> None:
+    graph = residual_graph(8, [6, 4])
+    kernel = Kernel("block0.conv1", "block0.conv1.weight", 3, ("kernel", "point"))
+    task = dataclasses.replace(SimulatedAdapter().task("macs=50%", epochs=4.0), graph=graph.with_kernels([kernel]))
+    GsmAnneal(GsmAnnealConfig(expansion="branches")).check(task)
+    with pytest.raises(ConfigError, match=said):
+        GsmAnneal(GsmAnnealConfig(expansion="branches", **config)).check(dataclasses.replace(task, **more))
 
 
 def test_multiples_floors_and_ties_hold_in_every_round() -> None:
