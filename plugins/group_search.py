@@ -1,0 +1,228 @@
+"""The search of gsm-anneal: where the annealing of probabilities stands, and how it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from prunus.core.allocation import best_units, ladders
+from prunus.core.budget import Budget
+from prunus.core.cost import FloatArray, IntArray
+from prunus.core.directives import Changed, Directive, Measure, Note, Observation
+from prunus.core.errors import ConfigError, PluginError
+from prunus.core.graph import ChannelGraph
+from prunus.core.policy import PruningTask
+from prunus.core.signals import Signal
+from prunus.plugins.annealing import Lattice, mean_entropy
+from prunus.plugins.energies import SIGNALS, Energies, Source
+from prunus.plugins.layers import Choice, LayerEvidence, Layers, with_layers
+from prunus.plugins.ranking import signals_of
+from prunus.plugins.recovery import RecoveryConfig
+from prunus.plugins.scale_mixture import Coefficients, coefficients
+
+
+class AnnealingConfig(RecoveryConfig):
+    source: Source = "conditional"
+    """What a unit's energy is: `conditional` on who else survives, `weight`, or `gate_fisher`."""
+    normalise: bool = True
+    """Bring energies to mean 1 inside each group; without it stages collapse."""
+    kappa: float = Field(default=0.05, gt=0, le=1)
+    """Noise floor, as a share of the median energy per number."""
+    c1: float = Field(default=4.0, gt=0)
+    """Weight of the prior 1/theta in the scale mixture."""
+    cost: Literal["fixed", "recomputed"] = "fixed"
+    """Prices c at the start, or again at every update (the narrow get narrower)."""
+    cost_power: float = Field(default=0.0, ge=0, le=2)
+    """Prices are c^cost_power: at 0 the cost enters through mu alone, which the pilot found best."""
+    damping: float = Field(default=0.25, gt=0, le=1)
+    """Step towards the new probabilities; 1 is undamped and oscillates into corners."""
+    updates: int = Field(default=8, ge=1)
+    """Updates per temperature."""
+    hot: float = Field(default=2.0, gt=0)
+    """First temperature, in standard deviations of Lambda."""
+    cooling: float = Field(default=0.85, gt=0, lt=1)
+    """Ratio of successive temperatures."""
+    temperatures: int = Field(default=28, ge=1)
+    """Length of the ladder; the last round goes on, at most as long again, until the entropy is low."""
+    cold: float = Field(default=0.02, gt=0, lt=1)
+    """The mean entropy, as a share of log 2, at which the search is over."""
+    collapsed: float = Field(default=0.2, ge=0, le=1)
+    """Groups that carry more than this share of the cost must not fall under their floors: that is a search
+    gone wrong, not a small network."""
+
+
+@dataclass(slots=True)
+class GroupSearch:
+    """Where the annealing is: the current graph, its probabilities, and the next rung of the ladder."""
+
+    config: AnnealingConfig
+    graph: ChannelGraph
+    macs: float
+    """Of one forward pass through the model as it runs."""
+    choice: Choice
+    """Layers that may go as a whole."""
+    units: int
+    """All units that could go at the start; what was removed since counts as decided."""
+    probabilities: dict[str, FloatArray] | None = None
+    first: float | None = None
+    """T0"""
+    rung: int = 0
+    prices: dict[str, FloatArray] | None = None
+    gates: dict[str, FloatArray] | None = None
+    """Gates that the current weights were trained with, to be folded at the next removal."""
+
+    @property
+    def space(self) -> ChannelGraph:
+        """The graph with a group of one unit for each layer of the choice."""
+        return with_layers(self.graph, self.choice) if self.choice.names else self.graph
+
+    def restricted(self, answer: Changed, keep: Mapping[str, IntArray]) -> None:
+        """Follow a removal: what is known of the units that are left."""
+        graph = self.graph = answer.graph
+        self.macs = answer.forward_macs
+        self.probabilities = _taken(self.probabilities, keep, graph)
+        self.prices = _taken(self.prices, keep, graph)
+        self.gates = None
+
+    def opened(self, layers: Layers) -> None:
+        """From now on these layers may go, too; nothing speaks against one yet."""
+        self.choice = Choice.of(self.graph, layers)
+        if not self.choice.names:
+            return
+        self.units += len(self.choice.names)
+        if self.probabilities is not None:
+            self.probabilities |= {name: np.ones(1) for name in self.choice.names}
+        self.prices = None
+
+    def collect(self, task: PruningTask) -> Generator[Directive, Observation, tuple[Energies, LayerEvidence]]:
+        """Measure what speaks for units and layers, under the current gates."""
+        config = self.config
+        source: Source = config.source if task.has_data else "weight"
+        signals = SIGNALS[source] if task.has_data else frozenset({Signal.WEIGHT})
+        if source == "gate_fisher" and not task.has_labels:
+            raise ConfigError("source 'gate_fisher' needs labels; use source=conditional", key="source")
+        if self.choice.blocks:
+            signals |= {Signal.BLOCK_CHANGE}
+        measured = signals_of((yield Measure(signals=signals, images=config.images, gates=self.gates)))
+        energies = Energies(self.graph, measured, source)
+        evidence = LayerEvidence(self.graph, self.choice, measured)
+        if energies.assumed_variance:
+            yield Note("energies", {"source": source, "variance": "1 where no activations were measured"})
+        return energies, evidence
+
+    def coefficients(
+        self, energies: Energies, survival: Mapping[str, FloatArray], *, fresh: bool = True
+    ) -> Coefficients:
+        """Lambda of every unit where its companions survive with these probabilities."""
+        config, found = self.config, energies.at(survival, fresh=fresh)
+        return coefficients(found, energies.sizes, kappa=config.kappa, c1=config.c1, normalise=config.normalise)
+
+    def anneal(
+        self,
+        budget: Budget,
+        energies: Energies,
+        evidence: LayerEvidence,
+        until: int,
+        *,
+        last: bool,
+        weight: float = 1.0,
+    ) -> tuple[list[Note], dict[str, FloatArray]]:
+        """Cool from `rung` to `until`, with damped updates; the last band until everything is decided."""
+        lattice = Lattice(self.space, budget)
+        if not lattice.names or lattice.load(np.ones_like(lattice.even())) <= 1:
+            self.probabilities = lattice.named(np.ones_like(lattice.even()))
+            self.rung = until
+            return [], dict(self.probabilities)
+        pi = lattice.even() if self.probabilities is None else lattice.vector(self.probabilities)
+        if self.prices is None:
+            self.prices = lattice.named(lattice.prices(np.ones_like(pi), self.config.cost_power))
+        price = lattice.vector(self.prices)
+        notes: list[Note] = []
+        value, mu = pi, 0.0
+        stop = until + (self.config.temperatures if last else 0)
+        while self.rung < stop:
+            for update in range(self.config.updates):
+                found = self.coefficients(energies, lattice.named(pi), fresh=update == 0)
+                layers = evidence.at(energies, lattice.named(pi), found.noise, self.config.c1)
+                worth = lattice.worth(pi, evidence.groups)  # Lambda for each unit's worth of what a layer saves
+                of_layers = {name: np.array([weight * layers[name] / worth[name]]) for name in layers}
+                value = lattice.vector(found.value | of_layers)
+                if self.first is None:
+                    of_units = np.concatenate([found.value[name] for name in lattice.names if name in found.value])
+                    self.first = max(self.config.hot * float(of_units.std()), 1e-9)
+                temperature = self.first * self.config.cooling**self.rung
+                if self.config.cost == "recomputed":
+                    price = lattice.prices(pi, self.config.cost_power)
+                target, mu = lattice.solve(value, price, temperature)
+                pi = (1 - self.config.damping) * pi + self.config.damping * target
+            self.rung += 1
+            entropy = mean_entropy(pi, self.units)
+            values = {"temperature": temperature, "entropy": entropy, "mu": mu, "load": lattice.load(pi)}
+            notes.append(Note("anneal", values))
+            if last and self.rung >= until and entropy < self._decided:
+                break
+        self.probabilities = lattice.named(pi)
+        if last:
+            self._guard(lattice, pi)
+        # pi is saturated where Lambda is far from the threshold: the margin orders what pi cannot tell apart
+        margin = value - mu * price
+        return notes, lattice.named(pi + 1e-6 * np.tanh(margin / (np.abs(margin).max() + 1e-300)))
+
+    def survivors(self, vanish: float) -> dict[str, IntArray]:
+        """Units with at least that probability, as many more as floors, multiples and ties want."""
+        keep, probabilities = {}, self.probabilities or {}
+        for ladder in ladders(self.graph):
+            free = [name for name in ladder.groups if name in probabilities]
+            likely = [int((probabilities[name] >= vanish).sum()) for name in free]
+            wanted = max(likely, default=int(ladder.counts[-1]))
+            count = int(ladder.counts[np.searchsorted(ladder.counts, wanted)])
+            for name in ladder.groups:
+                rank = probabilities.get(name, np.ones(self.graph.groups[name].units))
+                keep[name] = best_units(rank, count)
+        return keep
+
+    @property
+    def _decided(self) -> float:
+        """The entropy below which a search is over: widths are whole, so one unit may stay in between."""
+        return max(self.config.cold, 1 / max(self.units, 1))
+
+    def _guard(self, lattice: Lattice, pi: FloatArray) -> None:
+        """What a sane annealing leaves: numbers, decisions, its budget, and no stage gone."""
+        if not np.isfinite(pi).all():
+            bad = int((~np.isfinite(pi)).sum())
+            raise PluginError("gsm-anneal", "probabilities are finite", f"{bad} are not.")
+        entropy = mean_entropy(pi, self.units)
+        if entropy >= self._decided:
+            raise PluginError(
+                "gsm-anneal",
+                "annealing ends decided",
+                f"The mean entropy is {entropy:.3f} of log 2, above {self.config.cold}; "
+                "raise temperatures, or lower cooling or damping.",
+            )
+        load = lattice.load(pi)
+        if abs(load - 1) > 0.05:
+            said = f"The expected cost is {load:.3f} of it; lower damping."
+            raise PluginError("gsm-anneal", "annealing ends at its budget", said)
+        gone = lattice.collapsed(pi)
+        weight = lattice.weight_of(gone)
+        if weight > self.config.collapsed:
+            worst = min(gone, key=lambda name: gone[name])
+            raise PluginError(
+                "gsm-anneal",
+                "groups do not collapse",
+                f"{len(gone)} of {len(lattice.names)} groups, which carry {weight:.0%} of the cost, fell under "
+                f"their smallest width, {worst!r} to {gone[worst]:.1f} units. Keep normalise=true, cost=fixed and "
+                "damping <= 0.3, ask for less, or allow it by collapsed=1.",
+            )
+
+
+def _taken(
+    values: dict[str, FloatArray] | None, keep: Mapping[str, IntArray], graph: ChannelGraph
+) -> dict[str, FloatArray] | None:
+    if values is None:
+        return None
+    return {name: values[name][keep[name]] for name in graph.prunable}
