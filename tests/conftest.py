@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Before anything imports numpy or torch. Threads that share matrices as small as the tests' mostly wait for each
+# other: ten times as long on a machine that has something else to do. Tests of threads set their own number.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
