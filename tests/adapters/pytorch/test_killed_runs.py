@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,12 @@ class Runs:
             env=environment,
         )
 
-    def __call__(self, *words: str, kill_after: float | None = None) -> int:
+    def __call__(
+        self, *words: str, kill_after: float | None = None, kill_when: Callable[[], bool] | None = None
+    ) -> int:
         """The exit code, or minus the signal that ended it; what it said is in the file `said`.
 
-        `kill_after` counts seconds of CPU time: on a busy machine, too, it is the same moment of the run.
+        `kill_after` counts seconds of CPU time: on a busy machine, too, it is about the same moment of the run.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps([*words, str(self.said)]) + "\n")
@@ -75,6 +78,10 @@ class Runs:
         child = int(self._server.stdout.readline())
         if kill_after is not None:
             while not _has_used(child, kill_after):
+                time.sleep(0.004)
+            os.kill(child, signal.SIGKILL)
+        if kill_when is not None:
+            while not (kill_when() or _has_used(child, math.inf)):
                 time.sleep(0.004)
             os.kill(child, signal.SIGKILL)
         self._server.stdin.write("\n")
@@ -138,8 +145,14 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before_says_so_and_ends_in
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert runs(*_begin("gsm-anneal", whole)) == 0
-    assert runs(*_begin("gsm-anneal", broken), kill_after=0.9 * runs.cpu_seconds) == -signal.SIGKILL
-    newest = sorted(path for path in (broken / "checkpoint").iterdir() if path.suffix != ".tmp")[-1]
+
+    def checkpoints() -> list[Path]:
+        found = (broken / "checkpoint").glob("[!.]*")
+        return sorted(path for path in found if path.suffix != ".tmp")
+
+    command = _begin("gsm-anneal", broken)
+    assert runs(*command, kill_when=lambda: len(checkpoints()) > 1) == -signal.SIGKILL
+    newest = checkpoints()[-1]
     weights = next(newest.rglob("model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     assert runs("prune", "--resume", str(broken), "--json") == 0
