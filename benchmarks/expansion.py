@@ -117,13 +117,13 @@ def share_of_macs(model: str, target: str, seed: int, checkpoint: Path) -> float
 
 def table(records: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown: mean on test and every seed, compute in epochs of the dense network, what went."""
-    cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    cells: dict[tuple[str, str, float], dict[str, list[dict[str, Any]]]] = {}
     for r in records:
         row = f"`{r['model']}`, {r['dense_epochs']:g} epochs dense"
-        cells.setdefault((row, r["target"]), {}).setdefault(r["variant"], []).append(r)
+        cells.setdefault((row, r["target"], r["asked"]), {}).setdefault(r["variant"], []).append(r)
     yield "| model, target | expansion | test | MACs, parameters left | compute | blocks, kernels gone |"
     yield "|---|---|---:|---:|---:|---:|"
-    for (model, target), variants in cells.items():
+    for (model, target, _), variants in cells.items():
         for variant, rows in variants.items():
             rows.sort(key=lambda r: r["seed"])
             seeds = " ".join(f"{100 * r['test']:.2f}" for r in rows)
