@@ -38,8 +38,6 @@ class RecoveryConfig(PluginConfig):
     """Re-estimate batch-norm statistics after a removal; `if-better` asks the held-out part."""
     images: int = Field(default=1024, ge=1)
     """Calibration images for signals, refit and recalibration."""
-    lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the recovery; None is the run's (--recovery-lr)."""
     distil: Literal["auto", "always", "never"] = "auto"
     """Teach with the dense model; `auto` only if the pruned model starts well, a bad start is harmed by it."""
     distil_weight: float | None = Field(default=None, ge=0, le=1)
@@ -88,8 +86,7 @@ def recover(task: PruningTask, config: RecoveryConfig, epochs: float) -> Generat
     if not can_train(task, epochs):
         return
     distil = yield from distillation(task, config, epochs)
-    peak = config.lr if config.lr is not None else task.recovery_lr
-    yield Train(epochs=epochs, lr=peak, distil=distil, label="recover")
+    yield Train(epochs=epochs, lr=task.recovery_lr, distil=distil, label="recover")
 
 
 def distillation(

@@ -93,8 +93,8 @@ def test_what_a_removal_left_is_trained_at_the_rate_of_recoveries() -> None:
     trained = drive(Iterative(), task, SimulatedAdapter(WIDTHS)).of(Train)
     assert [t.lr for t in trained] == [0.07] * len(trained)
     assert [t.start for t in trained] == [TAIL] * (len(trained) - 1) + [0.0]  # gentle between the rounds
-    (recovery,) = drive(OneShot(OneShotConfig(lr=0.01)), task, SimulatedAdapter(WIDTHS)).of(Train)
-    assert recovery.lr == 0.01
+    (recovery,) = drive(OneShot(), task, SimulatedAdapter(WIDTHS)).of(Train)
+    assert (recovery.lr, recovery.start) == (0.07, 0.0)
 
 
 def test_budgets_of_the_rounds_fall_geometrically() -> None:
