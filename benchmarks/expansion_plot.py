@@ -24,8 +24,6 @@ from matplotlib import pyplot
 Record = dict[str, Any]
 Cells = dict[tuple[Any, ...], list[Record]]
 COLOURS = {"at once": "#7f7f7f", "none": "#1f77b4", "wide": "#ff7f0e", "branches": "#2ca02c", "layers": "#9467bd"}
-NAMES = {"none": "annealed in rounds", "at once": "all at once"}
-"""Where rounds are what is shown."""
 
 
 def by(records: Iterable[Record], *keys: str) -> Cells:
@@ -59,7 +57,7 @@ def budgets(records: list[Record]) -> Any:
             spread = [[m - min(t) for m, t in zip(mean, seeds, strict=True)],
                       [max(t) - m for m, t in zip(mean, seeds, strict=True)]]  # fmt: skip
             axis.errorbar(
-                [key[0] for key, _ in cells], mean, spread, label=NAMES.get(variant, variant), marker="o",
+                [key[0] for key, _ in cells], mean, spread, label=variant, marker="o",
                 markersize=3, capsize=2, color=COLOURS.get(variant),
             )  # fmt: skip
         axis.grid(alpha=0.3)
@@ -77,7 +75,7 @@ def shapes(records: list[Record]) -> Any:
         axis.set_axis_off()
     for axis, ((model, target, asked), found) in zip(axes.flat, panels.items(), strict=False):
         axis.set_title(f"{model}, {target}, compute {asked:g}")
-        groups = [name for name, (units, _) in found[0]["widths"].items() if name != list(found[0]["widths"])[-1]]
+        groups = list(found[0]["widths"])[:-1]  # all but the classifier's outputs
         for (variant,), mine in by(found, "variant").items():
             kept = 100 * np.array([[r["widths"][g][1] / r["widths"][g][0] for g in groups] for r in mine])
             colour = COLOURS.get(variant)

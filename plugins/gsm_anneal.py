@@ -58,7 +58,7 @@ class GsmAnnealConfig(AnnealingConfig):
     """Share of the training that is spent in rounds, gated; the rest recovers. An epoch counts by its MACs: one of
     a larger model takes as much from the budget as several of the pruned one."""
     round_lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the rounds; None is the tail of the run's own cycle, a fifth of its peak to 0."""
+    """Peak learning rate of the rounds; None is the tail of the recovery's cycle, a fifth of its peak to 0."""
     vanish: float = Field(default=0.02, gt=0, lt=0.5)
     """Units below this probability are removed at the end of a round."""
     decay: float = Field(default=5e-4, ge=0)

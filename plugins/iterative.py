@@ -26,7 +26,7 @@ class IterativeConfig(RecoveryConfig):
     between: float = Field(default=0.4, ge=0, le=1)
     """Share of all epochs that is spent between rounds; the rest trains the final model."""
     round_lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate between rounds; None is the tail of the run's own cycle, a fifth of its peak to 0."""
+    """Peak learning rate between rounds; None is the tail of the recovery's cycle, a fifth of its peak to 0."""
     depth: bool = False
     """Remove whole residual blocks, one at a time, and channels only if blocks alone do not reach the target."""
     block_score: BlockScore = "auto"

@@ -57,7 +57,7 @@ def removal(task: PruningTask, config: RecoveryConfig, keep: Keep) -> Remove:
 
 
 TAIL = 0.75
-"""Where in the run's own learning-rate cycle a training between removals begins: a fifth of the peak, to 0."""
+"""Where in a recovery's learning-rate cycle a training between removals begins: a fifth of the peak, to 0."""
 
 
 def gentle(
