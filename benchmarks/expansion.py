@@ -6,10 +6,10 @@
 
 Fashion-MNIST (16,000 training images, a tenth of them held out). Every seed of a model has one dense network,
 trained for `--dense-epochs`; from there on every variant has the compute of `--compute` epochs of the dense
-network: rounds in the expanded one, whatever it costs, and what is left of it recovers the pruned one. (Where the
-target is of parameters, MACs are known afterwards: the compute is that of the MACs that `none` comes to.) One JSON
-line a run: accuracy held out and on test, MACs, parameters, training MACs, and what went; what the output
-holds already is skipped. `--table` prints the Markdown table of a file and runs nothing.
+network: rounds in the expanded one, whatever it costs, and what is left of it recovers the pruned one, whatever
+its MACs turn out to be (`equal_compute`). One JSON line a run: accuracy held out and on test, MACs, parameters,
+training MACs, and what went; what the output holds already is skipped. `--table` prints the Markdown table of a
+file and runs nothing.
 """
 
 from __future__ import annotations
@@ -64,9 +64,15 @@ def dense(model: str, seed: int, epochs: float, lr: float, folder: Path) -> Path
 def run(model: str, target: str, seed: int, variant: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """The record of one run."""
     checkpoint = dense(model, seed, chosen.dense_epochs, chosen.dense_lr, chosen.dense)
-    config = {**VARIANTS[variant], "distil": "never", **json.loads(chosen.set)}
-    values = {"plugin": "gsm-anneal", "targets": (target,), "config": config, "checkpoint": checkpoint, "lr": 0.05}
-    epochs = chosen.compute / share_of_macs(model, target, seed, checkpoint)  # of the pruned network
+    config = {**VARIANTS[variant], "distil": "never", "compute": chosen.compute, **json.loads(chosen.set)}
+    values = {
+        "plugin": "equal_compute:EqualCompute",
+        "targets": (target,),
+        "config": config,
+        "checkpoint": checkpoint,
+        "lr": 0.05,
+    }
+    epochs = chosen.compute / share_of_macs(model, target, seed, checkpoint)  # what rounds take their share of
     options = settings_of(model, seed, epochs=epochs, **values)
     opened: list[Any] = []
 

@@ -120,34 +120,11 @@ def _line(frame: _Frame, series: Series, index: int) -> str:
     return drawn
 
 
-def width_bars(rows: Sequence[tuple[str, int, int]]) -> str:
-    """(name, before, after) as pairs of bars on one scale; a grown group's `after` may exceed its `before`."""
-    if not rows:
-        return ""
-    most = max(max(before, after) for _, before, after in rows)
-    step, left, width = 20, 260, 760
-    parts = []
-    for i, (name, before, after) in enumerate(rows):
-        y = i * step
-        full, kept = (n / most * (width - left - 80) for n in (before, after))
-        shown = name if len(name) <= 40 else "…" + name[-39:]
-        parts.append(
-            f'<text x="{left - 8}" y="{y + 14}" text-anchor="end"><title>{escape(name)}</title>'
-            f"{escape(shown)}</text>"
-            f'<rect x="{left}" y="{y + 3}" width="{full:.1f}" height="14" rx="2" class="before"/>'
-            f'<rect x="{left}" y="{y + 3}" width="{kept:.1f}" height="14" rx="2" class="after"/>'
-            f'<text x="{left + max(full, kept) + 6:.1f}" y="{y + 14}">{after} / {before}</text>'
-        )
-    label = "units kept of each channel group"
-    drawing = f'viewBox="0 0 {width} {len(rows) * step + 4}" role="img" aria-label="{label}"'
-    legend = (
-        '<div class="legend"><span><i class="after"></i>kept</span><span><i class="before"></i>before</span></div>'
-    )
-    return f'<figure class="wide">{legend}<svg {drawing}>{"".join(parts)}</svg></figure>'
+def kept_bars(rows: Sequence[tuple[str, int, int | None, str]], label: str) -> str:
+    """(name, count before, count after, remark) as pairs of bars on one scale, the first row on top.
 
-
-def layer_bars(rows: Sequence[tuple[str, int, int | None, str]]) -> str:
-    """(name, outputs before, outputs after, remark) as bars, the first layer on top; None after for what went."""
+    Without a count after, the row went as a whole; a grown row's `after` may exceed its `before`.
+    """
     if not rows:
         return ""
     most = max(max(before, after or 0) for _, before, after, _ in rows)
@@ -165,10 +142,10 @@ def layer_bars(rows: Sequence[tuple[str, int, int | None, str]]) -> str:
             f'<rect x="{left}" y="{y + 2}" width="{kept:.1f}" height="12" rx="2" class="after"/>'
             f'<text x="{left + max(full, kept) + 6:.1f}" y="{y + 12}">{escape(remark)}</text>'
         )
-    drawing = f'viewBox="0 0 {width} {len(rows) * step + 4}" role="img" aria-label="outputs kept of each layer"'
-    marks = [("after", "kept"), ("before", "before"), ("gone", "gone with its block")]
+    marks = [("after", "kept"), ("before", "before"), ("gone", "gone as a whole")]
     used = marks if any(after is None for _, _, after, _ in rows) else marks[:2]
     legend = "".join(f'<span><i class="{mark}"></i>{said}</span>' for mark, said in used)
+    drawing = f'viewBox="0 0 {width} {len(rows) * step + 4}" role="img" aria-label="{escape(label)}"'
     return f'<figure class="wide"><div class="legend">{legend}</div><svg {drawing}>{"".join(parts)}</svg></figure>'
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from prunus.core.charts import layer_bars, width_bars
+from prunus.core.charts import kept_bars
 from prunus.core.display import human, proof, whole_layers
 from prunus.core.files import write_atomically
 from prunus.core.latency_target import LatencyResult
@@ -144,7 +144,9 @@ def _widths(widths: list[Width]) -> list[str]:
     opened = " open" if len(rows) <= _FEW else ""
     return [
         "<h2>Widths</h2>",
-        width_bars([(w.name, w.units, w.kept) for w in widths if w.locked is None]),
+        kept_bars(
+            [(w.name, w.units, w.kept, f"{w.kept} / {w.units}") for w in widths if w.locked is None], "units kept"
+        ),
         f"<details{opened}><summary>{said}: the table</summary>"
         + _table(("group", "units", "kept", "share", "locked because"), rows)
         + "</details>",
@@ -158,7 +160,8 @@ def _layers(report: Report) -> list[str]:
     if not rows and not said:
         return []
     opened = " open" if said or len(rows) <= _FEW else ""
-    drawn = f"<details{opened}><summary>{len(rows)} layers</summary>{layer_bars(rows)}</details>" if rows else ""
+    bars = kept_bars(rows, "outputs kept of each layer")
+    drawn = f"<details{opened}><summary>{len(rows)} layers</summary>{bars}</details>" if rows else ""
     return ["<h2>Layers</h2>", *said, drawn]
 
 

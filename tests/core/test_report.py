@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from prunus.core.charts import Series, heat_map, line_chart, ticks, width_bars
+from prunus.core.charts import Series, heat_map, kept_bars, line_chart, ticks
 from prunus.core.display import bar, by_stage, human, proof, summary
 from prunus.core.kernels import Kernel
 from prunus.core.model_card import model_card
@@ -174,7 +174,7 @@ def test_a_report_without_data_or_removals_has_a_page() -> None:
 
 def test_a_chart_without_points_is_nothing() -> None:
     assert line_chart("t", [Series("s", [], [])], "x") == ""
-    assert width_bars([]) == ""
+    assert kept_bars([], "nothing") == ""
 
 
 def test_a_constant_series_is_drawn_inside_the_plot() -> None:
