@@ -23,6 +23,10 @@ _FAR = 40.0
 """sigmoid(40) is 1 in double precision."""
 
 
+_SPARE = 1.5
+"""With less than so many times its floor, a group cannot help to be narrow."""
+
+
 class Lattice:
     """All units that can go, as one vector, and the cost of their expected widths."""
 
@@ -102,9 +106,12 @@ class Lattice:
         return probabilities(mu), mu
 
     def collapsed(self, probabilities: FloatArray) -> dict[str, float]:
-        """group -> expected width, for groups that the probabilities leave fewer units than their floor."""
-        bare = self.bare_widths(probabilities)
-        under = bare < self._floor - 0.5
+        """group -> expected width, for groups that the probabilities leave fewer units than their floor.
+
+        Not those that the budget leaves no choice: at the same share for every unit they are close to it, too.
+        """
+        bare, even = self.bare_widths(probabilities), self.bare_widths(self.even())
+        under = (bare < self._floor - 0.5) & (even >= _SPARE * self._floor)
         return {name: float(bare[i]) for i, name in enumerate(self.graph.groups) if under[i]}
 
     def weight_of(self, groups: Collection[str]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prunus.core.allocation import global_keep
+from prunus.core.allocation import global_keep, reachable
 from prunus.core.budget import Budget, Target
 from prunus.core.directives import Directive, Evaluate, Grow, Measure, Observation, Remove, Train
 from prunus.core.errors import ConfigError, PluginError, UnreachableTargetError
@@ -169,6 +169,14 @@ def test_the_collapsing_price_variant_is_stopped_by_the_guard() -> None:
     with pytest.raises(PluginError, match="groups do not collapse") as caught:
         run("macs=10%", cost="recomputed", cost_power=1.0)
     assert caught.value.plugin == "gsm-anneal"
+
+
+@pytest.mark.parametrize("above", [1.05, 1.5, 3.0])
+def test_a_target_next_to_the_smallest_reachable_cost_is_met_not_called_a_collapse(above: float) -> None:
+    graph = SimulatedAdapter(WIDTHS).graph
+    adapter, _ = run(f"macs={100 * above * reachable(graph)['macs']:.6f}%")
+    share = adapter.graph.cost().macs / graph.cost().macs
+    assert reachable(graph)["macs"] <= share <= above * reachable(graph)["macs"]
 
 
 def test_without_normalisation_a_quiet_stage_is_starved_and_the_guard_fires() -> None:
