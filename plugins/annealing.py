@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import entr, expit
 
@@ -89,10 +90,15 @@ class Lattice:
 
     def even(self) -> FloatArray:
         """The same probability for every unit, at which the expected cost is the budget."""
-        share = 1.0
-        if self.load(np.ones(len(self._columns))) > 1:
-            share = _root(lambda p: self.load(np.full(len(self._columns), p)) - 1, 0.0, 1.0)
-        return np.full(len(self._columns), share)
+        return self._even(np.zeros(len(self._columns), dtype=bool))
+
+    def _even(self, certain: NDArray[np.bool_]) -> FloatArray:
+        """Probability 1 where `certain`, the same for every other unit."""
+
+        def at(share: float) -> FloatArray:
+            return np.where(certain, 1.0, share)
+
+        return at(_root(lambda p: self.load(at(p)) - 1, 0.0, 1.0) if self.load(at(1.0)) > 1 else 1.0)
 
     def solve(self, coefficient: FloatArray, price: FloatArray, temperature: float) -> tuple[FloatArray, float]:
         """(pi, mu) at a temperature, with the expected cost on the budget."""
@@ -108,9 +114,10 @@ class Lattice:
     def collapsed(self, probabilities: FloatArray) -> dict[str, float]:
         """group -> expected width, for groups that the probabilities leave fewer units than their floor.
 
-        Not those that the budget leaves no choice: at the same share for every unit they are close to it, too.
+        Not those that the budget leaves no choice: at the same share for every unit they are close to it, too,
+        as long as no layer goes as a whole.
         """
-        bare, even = self.bare_widths(probabilities), self.bare_widths(self.even())
+        bare, even = self.bare_widths(probabilities), self.bare_widths(self._even(self._floor[self._columns] == 0))
         under = (bare < self._floor - 0.5) & (even >= _SPARE * self._floor)
         return {name: float(bare[i]) for i, name in enumerate(self.graph.groups) if under[i]}
 
