@@ -1,4 +1,4 @@
-"""gsm-anneal that stops by compute: whatever the search spent and whatever network it found, the sum is the same.
+"""gsm-anneal that is given compute, not epochs: whatever network it finds, the sum is the same.
 
 `--epochs` counts epochs of the pruned network. Where the target is one of parameters, the MACs of that network are
 known only when it is found, so equal epochs are not equal compute; a comparison has to end by compute.
@@ -16,7 +16,7 @@ from prunus.core.directives import Changed, Directive, Observation, Train
 from prunus.core.importance import PluginConfig
 from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningTask
-from prunus.plugins.gsm_anneal import GsmAnneal, GsmAnnealConfig
+from prunus.plugins.gsm_anneal import GsmAnneal, GsmAnnealConfig, pruned_macs
 
 
 class EqualComputeConfig(GsmAnnealConfig):
@@ -25,7 +25,7 @@ class EqualComputeConfig(GsmAnnealConfig):
 
 
 class EqualCompute(GsmAnneal):
-    """Everything as in gsm-anneal, but the recovery takes what is left of `compute`."""
+    """Everything as in gsm-anneal; rounds take their share of `compute`, and the recovery what is left of it."""
 
     Config: ClassVar[type[PluginConfig]] = EqualComputeConfig
 
@@ -34,7 +34,8 @@ class EqualCompute(GsmAnneal):
         assert isinstance(config, EqualComputeConfig)
         dense = macs = task.graph.cost().macs
         left = config.compute
-        directives = super().run(task)
+        epochs = left * dense / pruned_macs(task, config)  # of the pruned network, as far as is known
+        directives = super().run(replace(task, epochs=epochs))
         observation: Observation = None
         while True:
             try:

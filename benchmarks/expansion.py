@@ -19,7 +19,6 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +71,7 @@ def run(model: str, target: str, seed: int, variant: str, chosen: argparse.Names
         "checkpoint": checkpoint,
         "lr": 0.05,
     }
-    epochs = chosen.compute / share_of_macs(model, target, seed, checkpoint)  # what rounds take their share of
-    options = settings_of(model, seed, epochs=epochs, **values)
+    options = settings_of(model, seed, epochs=chosen.compute, **values)
     opened: list[Any] = []
 
     def opening(resolved: RunSettings) -> Any:
@@ -99,26 +97,6 @@ def run(model: str, target: str, seed: int, variant: str, chosen: argparse.Names
         "error": report.verification.max_error / max(report.verification.scale, 1e-30),
         "cpu_seconds": round(time.process_time() - started, 1),
     }  # fmt: skip
-
-
-@cache
-def share_of_macs(model: str, target: str, seed: int, checkpoint: Path) -> float:
-    """Of the network that is left, without expansion."""
-    metric, _, amount = target.partition("=")
-    if metric == "macs":
-        return float(amount.removesuffix("%")) / 100
-    values = {"plugin": "gsm-anneal", "targets": (target,), "checkpoint": checkpoint, "epochs": 0}
-    place = RunFolder(checkpoint.parent.parent / "work")
-    report = prune(
-        settings_of(model, seed, **values),
-        place,
-        Registry.discover(),
-        Silent(),
-        resume=False,
-        overwrite=True,
-        open_session=open_session,
-    )
-    return report.pruned.macs / report.dense.macs
 
 
 def table(records: list[dict[str, Any]]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,8 +12,10 @@ from typing import Any
 class Interrupts:
     """While entered, the first SIGINT or SIGTERM only asks to stop; the second one interrupts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: Callable[[], None] | None = None) -> None:
+        """`asked` is called on the first signal: the step in flight may take a while."""
         self.asked = False
+        self._tell = asked
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -36,3 +39,5 @@ class Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if self._tell is not None:
+            self._tell()

@@ -112,6 +112,11 @@ def find_method(settings: RunSettings, registry: Registry) -> Method:
     return Method(policy, estimator)
 
 
+_STOPPING = (
+    "stopping when the step in flight is done; Ctrl-C again stops at once (the run can be resumed either way)"
+)
+
+
 @dataclass(slots=True)
 class _Following:
     """The run's events: kept in the history, shown, and the dense model tested when it is ready."""
@@ -180,7 +185,7 @@ def prune(
         history = History(folder.metrics)
         tracking = Tracking(_trackers(settings, folder, session))
         opening = time.monotonic() - started
-        with Interrupts() as interrupts:
+        with Interrupts(lambda: display.notice(_STOPPING)) as interrupts:
             following = _Following(session, folder, history, display, interrupts, tracking)
             plan = execute(
                 method.policy,

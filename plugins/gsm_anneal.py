@@ -120,14 +120,19 @@ def _units(graph: ChannelGraph) -> int:
     return sum(group.units for group in graph.prunable.values())
 
 
+def pruned_macs(task: PruningTask, config: GsmAnnealConfig) -> float:
+    """MACs of the pruned network: those of the target, or what the same share of every group leaves."""
+    limit = task.budget.limits.get("macs")
+    if limit is not None:
+        return limit
+    space = with_layers(task.graph, Choice.of(task.graph, _layers(task, config)))
+    keep = uniform_keep(space, task.budget, {name: np.ones(g.units) for name, g in space.prunable.items()})
+    return space.cost({name: len(units) for name, units in keep.items()}).macs
+
+
 def _epochs(task: PruningTask, config: GsmAnnealConfig, search: GroupSearch, share: float) -> float:
     """How many epochs of the model as it is now are `share` of the whole training of the pruned one, in MACs."""
-    pruned = task.budget.limits.get("macs")
-    if pruned is None:  # as many as the same share of every group leaves
-        space = with_layers(task.graph, Choice.of(task.graph, _layers(task, config)))
-        keep = uniform_keep(space, task.budget, {name: np.ones(g.units) for name, g in space.prunable.items()})
-        pruned = space.cost({name: len(units) for name, units in keep.items()}).macs
-    return share * task.epochs * min(pruned / search.macs, 1.0)
+    return share * task.epochs * min(pruned_macs(task, config) / search.macs, 1.0)
 
 
 def _layers(task: PruningTask, config: GsmAnnealConfig) -> Layers:

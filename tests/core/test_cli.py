@@ -361,6 +361,7 @@ def test_a_run_that_is_killed_or_interrupted_resumes_to_the_same_plan(
     _, err = started.communicate(timeout=60)
     assert started.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     if number == signal.SIGINT:
+        assert "stopping when the step in flight is done" in err
         assert "optimize prune --resume runs/a" in err
     resumed = _start(broken, "--resume", "runs/a", "--json")
     out, _ = resumed.communicate(timeout=120)
