@@ -31,7 +31,7 @@ class Watcher(Protocol):
     def progress(
         self, label: str, done: int, total: int, loss: float | None = None, lr: float | None = None
     ) -> None:
-        """After every step (batch). Raises KeyboardInterrupt after a Ctrl-C: the adapter lets it pass."""
+        """After every step: a batch, a refitted layer. Raises KeyboardInterrupt after a Ctrl-C: let it pass."""
         ...
 
     def boundary(self) -> None:

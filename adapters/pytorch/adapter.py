@@ -311,6 +311,10 @@ class PyTorchAdapter:
         if self._watcher is not None:
             self._watcher.progress(progress.label, progress.step, progress.total, progress.loss, progress.lr)
 
+    def _refitted(self, layers: int, total: int) -> None:
+        if self._watcher is not None:
+            self._watcher.progress("refit", layers, total)
+
     # ---- grow, remove -----------------------------------------------------------------------------
 
     def grow(self, directive: Grow) -> Changed:
@@ -376,7 +380,8 @@ class PyTorchAdapter:
             self._target = Remembered(copy.deepcopy(self.model), self.plan, self.forward_macs)
         dense, since = self.shrinking.since(self._target.plan, plan)
         batches = self._split("calibration").part(images)
-        done = refit(small, self._target.model, dense, dense.kept_indices(since), batches, mode, survival)
+        kept = dense.kept_indices(since)
+        done = refit(small, self._target.model, dense, kept, batches, mode, survival, progress=self._refitted)
         if done.skipped and small is self.model:
             name, reason = next(iter(done.skipped.items()))
             self._notice(f"{len(done.skipped)} layers were not refitted, {name} among them: {reason}")

@@ -66,6 +66,7 @@ def refit(
     survival: Mapping[str, FloatArray] | None = None,
     *,
     share: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Refitted:
     """Refits `pruned`, in place, to the function of `dense`; module names must agree, blocks may be missing.
 
@@ -74,7 +75,8 @@ def refit(
     what the ridge pulls towards; its strength is `share` of the mean diagonal, or, if None, the one that
     predicts held-out images best (`sequential`). Where nothing was removed, or nothing has
     to be compensated, nothing changes, bit for bit. Layers that run more than once in a forward pass, and
-    those that do more with their weight than multiply, are left; `Refitted.skipped` names them.
+    those that do more with their weight than multiply, are left; `Refitted.skipped` names them. `progress`, of a
+    `sequential` refit, is told (layers done, of how many) and may raise to stop.
     Raises TrainingError if what reaches a layer is not finite.
     """
     smaller = _size(pruned) < _size(dense)
@@ -84,7 +86,7 @@ def refit(
     with measuring(pruned, dense):
         layers, skipped = find_layers(pruned, dense, graph, kept_indices, survival or {}, images[:2])
         if mode == "sequential":
-            changed = _sequential(pruned, dense, layers, images, share)
+            changed = _sequential(pruned, dense, layers, images, share, progress)
         else:
             changed = refit_by_channels(dense, layers, images, mode, RIDGE if share is None else share)
     return Refitted(changed, skipped, len(images))
@@ -131,9 +133,15 @@ def _bytes_of_one(model: nn.Module, image: Tensor) -> int:
 
 
 def _sequential(
-    pruned: nn.Module, dense: nn.Module, layers: list[Layer], images: Tensor, share: float | None
+    pruned: nn.Module,
+    dense: nn.Module,
+    layers: list[Layer],
+    images: Tensor,
+    share: float | None,
+    progress: Callable[[int, int], None] | None,
 ) -> list[str]:
     targets = _dense_outputs(dense, layers, images)
+    total = len(targets)
     changed: list[str] = []
 
     def before(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -141,6 +149,8 @@ def _sequential(
             where, wanted = targets.pop(layer.name)
             if _regress(layer, args[0], where, wanted, share):
                 changed.append(layer.name)
+            if progress is not None:
+                progress(total - len(targets), total)
 
         return hook
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from prunus.adapters.pytorch.session import open_session
+from prunus.core.allocation import uniform_keep
+from prunus.core.budget import Budget, Target
+from prunus.core.directives import Remove
 from prunus.core.errors import ConfigError, LoadError
 from prunus.core.plan import ModelSource
 from prunus.core.settings import RunSettings
@@ -54,3 +58,46 @@ def test_a_device_that_is_not_there_is_one_clear_line() -> None:
 def test_a_teacher_without_weights_for_the_classes_is_refused() -> None:
     with pytest.raises(LoadError):
         open_session(RunSettings(**SMALL, teachers=("prunus/resnet14=missing.safetensors",)))
+
+
+class _Listener:
+    """A watcher that keeps what it is told, and stops at a layer."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.steps: list[tuple[str, int, int]] = []
+        self._stop_at = stop_at
+
+    def progress(
+        self, label: str, done: int, total: int, loss: float | None = None, lr: float | None = None
+    ) -> None:
+        self.steps.append((label, done, total))
+        if done == self._stop_at:
+            raise KeyboardInterrupt
+
+    def boundary(self) -> None: ...
+
+    def notice(self, text: str) -> None: ...
+
+
+def _refitting(listener: _Listener) -> None:
+    adapter = open_session(RunSettings(**SMALL)).adapter
+    graph = adapter.graph
+    budget = Budget.resolve([Target.parse("macs=50%")], graph.cost())
+    keep = uniform_keep(graph, budget, {name: np.ones(group.units) for name, group in graph.prunable.items()})
+    adapter.watch(listener)
+    adapter.remove(Remove(keep, refit="sequential", images=64))
+
+
+def test_a_refit_says_after_every_layer_how_far_it_is() -> None:
+    listener = _Listener()
+    _refitting(listener)
+    total = len(listener.steps)
+    assert total >= 8
+    assert listener.steps == [("refit", k + 1, total) for k in range(total)]
+
+
+def test_a_refit_stops_at_the_layer_where_it_is_asked_to() -> None:
+    listener = _Listener(stop_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        _refitting(listener)
+    assert len(listener.steps) == 3
