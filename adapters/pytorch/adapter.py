@@ -24,6 +24,7 @@ from prunus.adapters.pytorch.gating import Gating, fold
 from prunus.adapters.pytorch.lineage import map_back, of_kept, spread
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.adapters.pytorch.processes import ALONE, Processes
+from prunus.adapters.pytorch.progress import Progress
 from prunus.adapters.pytorch.recalibration import recalibrate, recalibrate_if_better
 from prunus.adapters.pytorch.refit import refit
 from prunus.adapters.pytorch.run_state import (
@@ -36,7 +37,7 @@ from prunus.adapters.pytorch.run_state import (
 )
 from prunus.adapters.pytorch.shrinking_model import UNVERIFIED, Origin, ShrinkingModel
 from prunus.adapters.pytorch.signals import MeasuredSignals, measure
-from prunus.adapters.pytorch.training import Job, Progress, Trainer
+from prunus.adapters.pytorch.training import Job, Trainer
 from prunus.adapters.pytorch.unit_decay import UnitDecay
 from prunus.core.adapter import Watcher
 from prunus.core.cost import FloatArray
@@ -311,10 +312,6 @@ class PyTorchAdapter:
         if self._watcher is not None:
             self._watcher.progress(progress.label, progress.step, progress.total, progress.loss, progress.lr)
 
-    def _refitted(self, layers: int, total: int) -> None:
-        if self._watcher is not None:
-            self._watcher.progress("refit", layers, total)
-
     # ---- grow, remove -----------------------------------------------------------------------------
 
     def grow(self, directive: Grow) -> Changed:
@@ -372,19 +369,15 @@ class PyTorchAdapter:
         images: int,
         survival: Mapping[str, FloatArray] | None = None,
     ) -> None:
-        """Refit `small`, whose plan is `plan`, to the function of the model as it was last trained.
-
-        Not to what an earlier refit made of it: errors of several rounds would add up.
-        """
+        """Refit `small`, of `plan`, to the model as it was last trained: refits of refits would drift."""
         if self._target is None:
             self._target = Remembered(copy.deepcopy(self.model), self.plan, self.forward_macs)
         dense, since = self.shrinking.since(self._target.plan, plan)
         batches = self._split("calibration").part(images)
-        kept = dense.kept_indices(since)
-        done = refit(small, self._target.model, dense, kept, batches, mode, survival, progress=self._refitted)
+        kept, model = dense.kept_indices(since), self._target.model
+        done = refit(small, model, dense, kept, batches, mode, survival, progress=self._stepped)
         if done.skipped and small is self.model:
-            name, reason = next(iter(done.skipped.items()))
-            self._notice(f"{len(done.skipped)} layers were not refitted, {name} among them: {reason}")
+            self._notice(done.left_out)
 
     def _recalibrate(self, directive: Remove) -> float | None:
         if directive.recalibrate == "no":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prunus.adapters.pytorch.channel_refit import refit_by_channels
 from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.patches import Sample, outputs, rows, sample, weight_rows
+from prunus.adapters.pytorch.progress import Progress
 from prunus.adapters.pytorch.refit_layers import Layer, find_layers
 from prunus.adapters.pytorch.regression import RIDGE
 from prunus.adapters.pytorch.regression_data import UNCHANGED, MomentData, RegressionData, RowData
@@ -54,6 +55,12 @@ class Refitted:
     images: int = 0
     """How many images were used."""
 
+    @property
+    def left_out(self) -> str:
+        """What was skipped, in words for the user."""
+        name, reason = next(iter(self.skipped.items()))
+        return f"{len(self.skipped)} layers were not refitted, {name} among them: {reason}"
+
 
 @torch.no_grad()
 def refit(
@@ -66,7 +73,7 @@ def refit(
     survival: Mapping[str, FloatArray] | None = None,
     *,
     share: float | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Refitted:
     """Refits `pruned`, in place, to the function of `dense`; module names must agree, blocks may be missing.
 
@@ -75,8 +82,8 @@ def refit(
     what the ridge pulls towards; its strength is `share` of the mean diagonal, or, if None, the one that
     predicts held-out images best (`sequential`). Where nothing was removed, or nothing has
     to be compensated, nothing changes, bit for bit. Layers that run more than once in a forward pass, and
-    those that do more with their weight than multiply, are left; `Refitted.skipped` names them. `progress`, of a
-    `sequential` refit, is told (layers done, of how many) and may raise to stop.
+    those that do more with their weight than multiply, are left; `Refitted.skipped` names them. `progress` is
+    told after every layer of a `sequential` refit, and may raise to stop.
     Raises TrainingError if what reaches a layer is not finite.
     """
     smaller = _size(pruned) < _size(dense)
@@ -138,7 +145,7 @@ def _sequential(
     layers: list[Layer],
     images: Tensor,
     share: float | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[Progress], None] | None,
 ) -> list[str]:
     targets = _dense_outputs(dense, layers, images)
     total = len(targets)
@@ -150,7 +157,7 @@ def _sequential(
             if _regress(layer, args[0], where, wanted, share):
                 changed.append(layer.name)
             if progress is not None:
-                progress(total - len(targets), total)
+                progress(Progress("refit", total - len(targets), total))
 
         return hook
 

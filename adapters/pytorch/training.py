@@ -20,22 +20,11 @@ from prunus.adapters.pytorch.compilation import Compiled
 from prunus.adapters.pytorch.distillation import Teacher
 from prunus.adapters.pytorch.optimizers import TrainingSettings, channels_last
 from prunus.adapters.pytorch.processes import ALONE, Processes
+from prunus.adapters.pytorch.progress import Progress
 from prunus.adapters.pytorch.schedule import Epoch, epoch_seed, epochs_of, total_steps
 from prunus.adapters.pytorch.step import StepHook, Stepper
 from prunus.core.directives import Train, Trained
 from prunus.core.errors import TrainingError
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a training is, after each step."""
-
-    label: str
-    step: int
-    """Steps done, 1-based."""
-    total: int
-    loss: float
-    lr: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from prunus.adapters.pytorch.distillation import Teacher
 from prunus.adapters.pytorch.evaluation import evaluate
 from prunus.adapters.pytorch.inputs import ImageFacts
 from prunus.adapters.pytorch.optimizers import TrainingSettings, channels_last
-from prunus.adapters.pytorch.training import Job, Progress, Trainer
+from prunus.adapters.pytorch.progress import Progress
+from prunus.adapters.pytorch.training import Job, Trainer
 from prunus.adapters.pytorch.unit_decay import UnitDecay
 from prunus.core.directives import Distillation, Train
 from prunus.core.errors import ConfigError, PlanError, TrainingError
