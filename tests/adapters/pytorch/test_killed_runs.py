@@ -126,18 +126,22 @@ def test_a_run_killed_at_random_moments_ends_in_the_plan_and_weights_of_an_undis
     assert runs(*_begin(method, whole)) == 0, runs.said.read_text()
     duration = runs.cpu_seconds
     rng = random.Random(method)
-    killed = 0
     for number in range(moments):
-        folder = tmp_path / str(number)
-        moment = duration * (number + rng.random()) / moments
-        code = runs(*_begin(method, folder), kill_after=moment)
-        assert code in (0, -signal.SIGKILL), runs.said.read_text()
-        killed += code == -signal.SIGKILL
+        code, tries = 0, 0
+        while code == 0:
+            # A run that ended before its moment was faster than those before it (what else runs on the processor
+            # changes its speed): it shows what a whole run takes now, and a moment within that is drawn.
+            tries += 1
+            folder = tmp_path / f"{number}-{tries}"
+            moment = duration * (number + rng.random()) / moments
+            code = runs(*_begin(method, folder), kill_after=moment)
+            duration = min(duration, runs.cpu_seconds) if code == 0 else duration
+            assert tries < 10, f"{tries} runs of about {duration:.2f} s ended before they could be killed"
+        assert code == -signal.SIGKILL, runs.said.read_text()
         begun = (folder / "run.toml").exists()
         again = ("prune", "--resume", str(folder), "--json") if begun else _begin(method, folder)
         assert runs(*again) == 0, f"killed after {moment:.2f} s: {runs.said.read_text()}"
         assert _outcome(folder) == _outcome(whole), f"killed after {moment:.2f} s of {duration:.2f} s"
-    assert killed >= 0.7 * moments
 
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before_says_so_and_ends_in_the_same_weights(
