@@ -62,7 +62,7 @@ def compare(
             return 0
         failed = _run(grid, cells, again, jobs, rerun)
         table = _write_tables(grid, again)
-        _write_plot(grid, again)
+        _write_plots(grid, again)
         out.write(_summary(grid, cells, failed) if as_json else table)
     return 1 if failed else 0
 
@@ -119,14 +119,17 @@ def _write_tables(grid: Grid, again: str) -> str:
     return text
 
 
-def _write_plot(grid: Grid, again: str) -> None:
-    """plot.svg, if matplotlib is there; the tables stand without it."""
-    from prunus.core.compare_plot import plot_svg
+def _write_plots(grid: Grid, again: str) -> None:
+    """plot.svg, and budgets.svg where several budgets train, if matplotlib is there; the tables stand without."""
+    from prunus.core.compare_plot import budgets_svg, macs_svg
     from prunus.core.errors import MissingDependencyError
     from prunus.core.files import write_atomically
 
+    results, folder = _results(grid, again), grid.results.path
     try:
-        write_atomically(grid.results.path / "plot.svg", plot_svg(_results(grid, again)))
+        write_atomically(folder / "plot.svg", macs_svg(results))
+        if sum(epochs > 0 for epochs in grid.protocol.epochs) > 1:
+            write_atomically(folder / "budgets.svg", budgets_svg(results))
     except MissingDependencyError as error:
         _tell(str(error))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from prunus.core.cli import run
-from prunus.core.compare_plot import plot_svg
+from prunus.core.compare_plot import budgets_svg, macs_svg
 from prunus.core.compare_protocol import Cell, Protocol, read_protocol
 from prunus.core.compare_record import CellRecord, DenseRecord, Outcome, ResultsFolder
 from prunus.core.compare_table import Results, as_csv, as_json, markdown
@@ -240,11 +241,35 @@ def test_the_best_of_few_seeds_is_not_the_winner() -> None:
     assert "| theirs | 99.00 | 99.00 |" in text
 
 
-def test_the_plot_is_the_same_for_the_same_results_and_names_every_entry() -> None:
+def test_the_plots_are_the_same_for_the_same_results_and_name_every_entry() -> None:
     pytest.importorskip("matplotlib")
-    first = plot_svg(results())
-    assert first == plot_svg(results())
-    assert "ours" in first and "theirs" in first and "% of dense" in first
+    for draw, along in ((macs_svg, "% of dense"), (budgets_svg, "recovery, epochs")):
+        first = draw(results())
+        assert first == draw(results())
+        assert "ours" in first and "theirs" in first and along in first
+
+
+def test_the_axes_are_marked_at_the_targets_and_budgets_that_were_asked_for() -> None:
+    """The cells' own MACs are a little below."""
+    pytest.importorskip("matplotlib")
+    whole = results()
+    below = [r.model_copy(update={"outcome": r.outcome.model_copy(update={"macs": 0.99 * r.outcome.macs})})
+             for r in whole.records if r.outcome]  # fmt: skip
+    found = Results(whole.protocol, tuple(below), "")
+    assert _marks(macs_svg(found)) == ["25", "50"]
+    assert _marks(budgets_svg(found)) == ["1", "1"]
+
+
+def _marks(svg: str) -> list[str]:
+    """What stands below the x axes."""
+    return re.findall(r'<g id="xtick_\d+">.*?<text [^>]*>([^<]*)</text>', svg, re.DOTALL)
+
+
+def test_budgets_are_drawn_where_several_train(bench: Callable[..., int]) -> None:
+    assert bench("--only", "ours/macs=50%/*/plain/seed0", epochs=[0.0, 1.0]) == 0
+    assert not Path("out/budgets.svg").exists()
+    assert bench("--only", "ours/macs=50%/*/plain/seed0", epochs=[0.0, 1.0, 2.0]) == 0
+    assert _marks(Path("out/budgets.svg").read_text()) == ["1", "2"]
 
 
 # ---- the grid -----------------------------------------------------------------------------------------
