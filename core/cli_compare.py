@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,6 +71,7 @@ def compare(
 def _run(grid: Grid, cells: tuple[Cell, ...], again: str, jobs: int, rerun: bool) -> list[str]:
     """Run what is missing; returns the names of the cells that failed."""
     from prunus.core.compare_record import CellRecord
+    from prunus.core.display import duration
     from prunus.core.run_lock import RunLock
 
     grid.results.create()
@@ -77,27 +79,37 @@ def _run(grid: Grid, cells: tuple[Cell, ...], again: str, jobs: int, rerun: bool
     with RunLock(grid.results.path):
         if rerun:
             grid.forget(cells)
-        missing = grid.missing(cells)
+        missing = {cell.name: cell for cell in grid.missing(cells)}
         done = len(cells) - len(missing)
-        _tell(f"{done} of {len(cells)} cells are there already")
+        _tell(f"{done} of {len(cells)} cells are there already{_left(grid, missing.values(), jobs)}")
 
         def finished(record: CellRecord) -> None:
             nonlocal done
             done += 1
+            missing.pop(record.cell)
             if record.outcome is None:
                 failed.append(record.cell)
                 text = f"failed: {record.error}; again: {again.replace('CELL', shlex.quote(record.cell))}"
             else:
-                text = f"{100 * record.outcome.accuracy:.2f}% in {record.seconds:.0f} s"
-            _tell(f"[{done}/{len(cells)}] {record.cell}: {text}")
+                text = f"{100 * record.outcome.accuracy:.2f}% in {duration(record.seconds)}"
+            _tell(f"[{done}/{len(cells)}] {record.cell}: {text}{_left(grid, missing.values(), jobs)}")
             _write_tables(grid, again)
 
         try:
-            grid.run(missing, jobs, finished)
+            grid.run(list(missing.values()), jobs, finished)
         except KeyboardInterrupt:
             _tell(f"stopped; {done} of {len(cells)} cells are kept, the same command goes on")
             raise
     return failed
+
+
+def _left(grid: Grid, missing: Collection[Cell], jobs: int) -> str:
+    """How long the rest takes, as far as that can be told."""
+    from prunus.core.compare_forecast import seconds_left
+    from prunus.core.display import duration
+
+    seconds = seconds_left(list(missing), grid.results.read_all(grid.protocol)) if missing else None
+    return "" if seconds is None else f"; about {duration(seconds / min(jobs, len(missing)))} left"
 
 
 def _results(grid: Grid, again: str) -> Results:

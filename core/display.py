@@ -243,3 +243,10 @@ def human(number: float, unit: str = "") -> str:
         if abs(number) >= size:
             return f"{number / size:.3g} {prefix}{unit}"
     return f"{number:g} {unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """90 as "90 s", 600 as "10 min", 9000 as "2.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

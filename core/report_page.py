@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from prunus.core.charts import kept_bars
-from prunus.core.display import human, proof, whole_layers
+from prunus.core.display import duration, human, proof, whole_layers
 from prunus.core.files import write_atomically
 from prunus.core.latency_target import LatencyResult
 from prunus.core.report import Layer, Report, Width
@@ -79,18 +79,12 @@ def _cards(report: Report) -> str:
     if report.latency is not None:
         share = report.latency.pruned / max(report.latency.dense, 1e-12)
         cards.append(("", f"{1e3 * report.latency.pruned:.3g} ms", f"latency, {share:.0%} of the dense model's"))
-    cards.append(("", _duration(report.seconds), "for the whole run"))
+    cards.append(("", duration(report.seconds), "for the whole run"))
     inner = "".join(
         f'<div class="card {kind}"><b>{escape(big)}</b><small>{escape(small)}</small></div>'
         for kind, big, small in cards
     )
     return f'<div class="cards">{inner}</div>'
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _sizes(report: Report) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from prunus.core.cli import run
+from prunus.core.compare_forecast import seconds_left
 from prunus.core.compare_plot import budgets_svg, macs_svg
 from prunus.core.compare_protocol import Cell, Protocol, read_protocol
 from prunus.core.compare_record import CellRecord, DenseRecord, Outcome, ResultsFolder
@@ -158,7 +159,7 @@ def record(cell: Cell, accuracy: float, *, scratch: bool = False) -> CellRecord:
     return CellRecord(
         cell=cell.name, key="k", entry=cell.entry.name, group=cell.entry.side, target=cell.target,
         epochs=cell.epochs, teaching=cell.teaching, seed=cell.seed, status="done", dense=dense, outcome=outcome,
-        cpu_seconds=3.0,
+        cpu_seconds=3.0, seconds=4.0,
     )  # fmt: skip
 
 
@@ -272,6 +273,22 @@ def test_budgets_are_drawn_where_several_train(bench: Callable[..., int]) -> Non
     assert _marks(Path("out/budgets.svg").read_text()) == ["1", "2"]
 
 
+def test_the_time_left_goes_by_the_finished_cells_most_like_those_that_are_missing() -> None:
+    chosen = protocol()  # ours and theirs, two targets, two budgets, two seeds
+
+    def taken(name: str, seconds: float) -> CellRecord:
+        (cell,) = chosen.select([name])
+        return record(cell, 0.8, scratch=False).model_copy(update={"seconds": seconds})
+
+    first = [taken("ours/macs=50%/1ep/plain/seed0", 10.0), taken("ours/macs=25%/1ep/plain/seed0", 30.0)]
+    same_but_for_the_seed = chosen.select(["ours/*/1ep/plain/seed1"])
+    assert seconds_left(same_but_for_the_seed, first) == 10 + 30
+    another_entry = chosen.select(["theirs/macs=50%/1ep/plain/seed0"])
+    assert seconds_left(another_entry, first) == 20  # the mean of that budget
+    assert seconds_left(chosen.select(["theirs/macs=50%/0ep/plain/seed0"]), first) == 20  # of everything
+    assert seconds_left(another_entry, []) is None
+
+
 # ---- the grid -----------------------------------------------------------------------------------------
 
 
@@ -300,8 +317,9 @@ def test_cells_are_run_once_and_a_stopped_grid_goes_on(
     before = [path.read_text() for path in cells]
     assert bench("--only", "*/0ep/plain/seed0", "--jobs", "2") == 0
     captured = capsys.readouterr()
-    assert "2 of 4 cells are there already" in captured.err
+    assert "2 of 4 cells are there already; about " in captured.err
     assert "[4/4]" in captured.err
+    assert captured.err.count(" left\n") == 2  # at the start and after the first; nothing is left after the last
     assert [path.read_text() for path in cells] == before
     assert captured.out.count("| ours | ") == captured.out.count("| theirs | ") == 2
     assert {path.name for path in Path("out").iterdir()} >= {"table.md", "table.json", "table.csv", "plot.svg"}
