@@ -37,7 +37,7 @@ from prunus.plugins.recovery import can_train, changed, evaluated, gentle, recov
 WEIGHTS = (1e3, 2.0, 1.4, 1.0, 0.7, 0.5)
 """Factors of what speaks for layers that are tried: with the first, all stay."""
 LONG = 20.0
-"""From so many epochs on the ladder is cut into rounds that train."""
+"""From so many epochs on an expanded network is pruned in more rounds that train."""
 
 
 class GsmAnnealConfig(AnnealingConfig):
@@ -53,7 +53,8 @@ class GsmAnnealConfig(AnnealingConfig):
     grow: Literal["inner", "all"] = "inner"
     """Expand groups that one layer writes, or residual streams too (2.25 times the MACs at ratio 1.5)."""
     rounds: int | None = Field(default=None, ge=1, le=100)
-    """Pieces of the ladder; None is 1 below 20 epochs (with branches 2) and 3 from there on."""
+    """Pieces of the ladder; None is 1 without expansion (rounds that train bring nothing there:
+    benchmarks/results/annealing), and with it 1 below 20 epochs (2 for branches) and 3 from there on."""
     round_share: float = Field(default=0.2, ge=0, le=1)
     """Share of the training that is spent in rounds, gated; the rest recovers. An epoch counts by its MACs: one of
     a larger model takes as much from the budget as several of the pruned one."""
@@ -148,7 +149,7 @@ def _layers(task: PruningTask, config: GsmAnnealConfig) -> Layers:
 def _rounds(task: PruningTask, config: GsmAnnealConfig) -> int:
     if config.rounds is not None:
         return min(config.rounds, config.temperatures)
-    if not can_train(task, task.epochs):
+    if config.expansion == "none" or not can_train(task, task.epochs):
         return 1
     return 3 if task.epochs >= LONG else 2 if config.expansion == "branches" else 1
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -239,10 +239,16 @@ def test_rounds_train_under_gates_that_are_folded_when_units_go() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_many_epochs_cut_the_ladder_into_rounds_by_themselves() -> None:
-    adapter = SimulatedAdapter(WIDTHS, samples=64)
-    transcript = drive(GsmAnneal(), adapter.task("macs=50%", epochs=20.0), adapter)
-    assert len([t for t in transcript.of(Train) if t.gates is not None]) == 2
+def test_an_expanded_network_is_pruned_in_rounds_where_training_is_long() -> None:
+    def rounds_that_train(epochs: float, expansion: Literal["none", "wide"]) -> int:
+        adapter = SimulatedAdapter(WIDTHS, samples=64)
+        method = GsmAnneal(GsmAnnealConfig(expansion=expansion))
+        transcript = drive(method, adapter.task("macs=50%", epochs=epochs), adapter)
+        return len([t for t in transcript.of(Train) if t.gates is not None])
+
+    assert rounds_that_train(20.0, "wide") == 2
+    assert rounds_that_train(19.0, "wide") == 0
+    assert rounds_that_train(20.0, "none") == 0
 
 
 def test_expansion_grows_inner_groups_first_and_the_target_stays_that_of_the_original() -> None:
