@@ -43,7 +43,8 @@ class BayesReparamConfig(RecoveryConfig):
     memory: Literal["kalman", "none"] = "kalman"
     """`kalman` carries a belief about every unit through the rounds; `none` looks at the last round only."""
     survival: bool = True
-    """Refit (if `sequential`) with the probability that a kept unit goes next, so that it carries less."""
+    """Refit (if `sequential`) with the probability that a kept unit goes next, so that it carries less, as far as
+    each layer can bear it: without a bound weights fade over the rounds, until training diverges."""
     rounds: int | None = Field(default=None, ge=1)
     """None is 1 up to 1.5 epochs of recovery and 3 beyond."""
     folds: int = Field(default=4, ge=1)
