@@ -30,11 +30,10 @@ from prunus.plugins.greedy_removal import Selection, log_scores, select
 from prunus.plugins.pooled_moments import MOMENTS, PooledMoments
 from prunus.plugins.ranking import signals_of
 from prunus.plugins.recovery import RecoveryConfig, can_train, changed, evaluated, recover, removal
-from prunus.plugins.sensitivity import measure_sensitivity
+from prunus.plugins.sensitivity import Trials, measure_sensitivity, tries
 from prunus.plugins.unit_belief import Belief, prediction_quality, pruning_probabilities
 
 _HIGHEST_SURVIVAL_TERM = 0.9
-_CHEAP = 2e10
 _SHORT = 1.5
 """Up to so many epochs one round is best: recovery between rounds costs more than it brings."""
 
@@ -51,7 +50,7 @@ class BayesReparamConfig(RecoveryConfig):
     """Disjoint parts of the calibration images, whose disagreement is the observation's noise."""
     ridge: float = Field(default=1e-3, gt=0)
     """Of the mean variance, added to every variance."""
-    sensitivity: Literal["auto", "yes", "no"] = "auto"
+    sensitivity: Trials = "auto"
     """Weigh each group's discrepancies by what they cost the held-out loss, found by one trial per group; `auto`
     if there are labels and the trials are cheap (MACs times groups below 2e10)."""
     round_epochs: float = Field(default=0.15, ge=0)
@@ -95,7 +94,7 @@ class BayesReparam(PruningPolicy):
             seen = yield from _observe(graph, budget, config, sensitivity)
             if sensitivity is None:
                 sensitivity = {}
-                if _tries(config, task):
+                if tries(task, config.sensitivity):
                     sensitivity = yield from measure_sensitivity(
                         graph, seen.weights, seen.moments, config.ridge, config.refit, config.images
                     )
@@ -123,11 +122,6 @@ class BayesReparam(PruningPolicy):
             yield from guard.check(graph, index)
         yield from recover(task, config, task.epochs - spent)
         return result.plan
-
-
-def _tries(config: BayesReparamConfig, task: PruningTask) -> bool:
-    cheap = task.graph.cost().macs * len(task.graph.prunable) <= _CHEAP
-    return task.has_labels and (config.sensitivity == "yes" or (config.sensitivity == "auto" and cheap))
 
 
 def _next(progress: float, step: float) -> float:

@@ -1,4 +1,9 @@
-"""The energy of every unit's contribution to what reads it, from three sources (methods, section 2.2).
+"""The energy of every unit's contribution to what reads it, from four sources (methods, section 2.2).
+
+`conditional` counts what the others do not know of a unit's inputs, x_i | the others, through its own weights.
+`refitted` counts what the reader loses: once the others are refitted to go without those that may leave, their
+weights carry more, and the last one that knows something is worth all that ever passed there. So energies of
+different groups can be compared, as shares of what their readers compute, and no group is emptied.
 
 readers   weights with a `reads` axis; one axis may carry units of several groups
 index     a position on that axis; a unit owns one or more of them
@@ -20,14 +25,18 @@ from prunus.core.signals import Signal, SignalReader
 from prunus.plugins.fpgm import unit_rows
 from prunus.plugins.magnitude import power_sum
 
-Source = Literal["conditional", "weight", "gate_fisher"]
+Source = Literal["refitted", "conditional", "weight", "gate_fisher"]
+_SEEN = frozenset({Signal.WEIGHT, Signal.ACTIVATION_VARIANCE, Signal.ACTIVATION_COVARIANCE})
 SIGNALS: dict[Source, frozenset[Signal]] = {
-    "conditional": frozenset({Signal.WEIGHT, Signal.ACTIVATION_VARIANCE, Signal.ACTIVATION_COVARIANCE}),
+    "refitted": _SEEN,
+    "conditional": _SEEN,
     "weight": frozenset({Signal.WEIGHT, Signal.ACTIVATION_VARIANCE}),
     "gate_fisher": frozenset({Signal.WEIGHT, Signal.GATE_FISHER}),
 }
 SMALL = 512
-"""Readers with at most so many inputs are inverted at every update, wider ones once per temperature."""
+"""Readers with at most so many inputs are inverted at every update, wider ones where it changes something."""
+_STALE = 0.01
+"""The change from which on a wide reader is inverted again, as a share of the inputs expected to survive."""
 _RIDGE = 1e-4
 _LEAST = 1e-3
 
@@ -51,6 +60,10 @@ class _Reader:
     """(n,): squared norm of the weights of every index."""
     spread: FloatArray
     """(n, n) covariance or (n,) variance of the inputs."""
+    gram: FloatArray | None
+    """(n, n): W^T W over outputs and taps, if refitted weights are asked for and covariances are known."""
+    output: float
+    """What energies are divided by: tr(W C W^T), the variance of all that the reader computes, or 1."""
     parts: tuple[_Part, ...]
 
 
@@ -62,7 +75,8 @@ class Energies:
         self._readers: list[_Reader] = []
         self._fixed: dict[str, FloatArray] = {}
         self._units = {name: group.units for name, group in graph.prunable.items()}
-        self._cached: dict[int, list[FloatArray]] = {}
+        self._cached: dict[int, tuple[FloatArray, list[FloatArray]]] = {}
+        """Reader -> (survival of its inputs, energies) of the last inversion."""
         self.assumed_variance = False
         """True if no activations were seen and every input was taken to have variance 1."""
         if source == "gate_fisher":
@@ -83,33 +97,47 @@ class Energies:
             norms = power_sum(weight, Slice(tensor, axis, "reads", every), len(every))
             spread = self._spread(signals, tensor, len(every))
             parts = tuple(_part(g, p, weight, self._units[g], blocks=spread.ndim == 2) for g, p in mine)
-            self._readers.append(_Reader(tensor, norms, spread, parts))
+            gram, output = None, 1.0
+            if self.source == "refitted":
+                if spread.ndim == 2:
+                    rows = np.moveaxis(weight, axis, 0).reshape(len(every), -1)
+                    gram = rows @ rows.T
+                output = max(float((gram * spread).sum() if gram is not None else norms @ spread), 1e-300)
+            self._readers.append(_Reader(tensor, norms, spread, gram, output, parts))
             read |= {g for g, _ in mine}
         for name in self._units.keys() - read:
-            self._fixed[name] = _writers_energy(graph, name, signals)
+            energy = _writers_energy(graph, name, signals)
+            self._fixed[name] = energy / max(float(energy.sum()), 1e-300) if self.source == "refitted" else energy
 
     def _spread(self, signals: SignalReader, tensor: str, length: int) -> FloatArray:
-        if self.source == "conditional" and signals.has(Signal.ACTIVATION_COVARIANCE, tensor):
+        if self.source in ("refitted", "conditional") and signals.has(Signal.ACTIVATION_COVARIANCE, tensor):
             return signals.read(Signal.ACTIVATION_COVARIANCE, tensor)
         if signals.has(Signal.ACTIVATION_VARIANCE, tensor):
             return signals.read(Signal.ACTIVATION_VARIANCE, tensor)
         self.assumed_variance = True
         return np.ones(length)
 
-    def at(self, survival: Mapping[str, FloatArray], *, fresh: bool = True) -> dict[str, FloatArray]:
+    def at(self, survival: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
         """group -> (units,): energies when the other units survive with the given probabilities.
 
-        `conditional`: ||W_i||^2 Var(x_i | the others, each with noise C_jj (1-pi_j)/pi_j), summed over readers;
-        a unit of several indices takes the block of its own indices given the rest. `weight`: ||W_i||^2 Var(x_i).
-        Groups that nothing reads through a weight have the energy of their writing weights instead.
-        With `fresh=False` wide readers keep the answer of the last call.
+        With N_jj = C_jj (1-pi_j)/pi_j as noise on every input, all summed over readers:
+
+        `conditional`: ||W_i||^2 Var(x_i | the others); `weight`: ||W_i||^2 Var(x_i);
+        `refitted`: ||Cov(W x, x_i | the others)||^2 / Var(x_i | the others), over the reader's output variance:
+        the part of it that is lost without the unit and regained with it, the others refitted.
+
+        A unit of several indices takes the block of its own indices given the rest. Groups that nothing reads
+        through a weight have the energy of their writing weights instead.
         """
         totals = {name: self._fixed.get(name, np.zeros(units)).copy() for name, units in self._units.items()}
         for k, reader in enumerate(self._readers):
-            if fresh or k not in self._cached or len(reader.norms) <= SMALL:
-                self._cached[k] = _reader_energies(reader, survival, self._units)
-            for part, energy in zip(reader.parts, self._cached[k], strict=True):
-                totals[part.group] += energy
+            alive = _alive(reader, survival)
+            last = self._cached.get(k)
+            small = len(reader.norms) <= SMALL
+            if last is None or small or float(np.abs(alive - last[0]).sum()) > _STALE * float(alive.sum()):
+                self._cached[k] = alive, _reader_energies(reader, alive, self._units)
+            for part, energy in zip(reader.parts, self._cached[k][1], strict=True):
+                totals[part.group] += energy / reader.output
         for name, values in totals.items():
             if not np.isfinite(values).all():
                 raise PluginError("gsm-anneal", "energies are finite", f"Group {name!r} has NaN or infinity.")
@@ -119,7 +147,7 @@ class Energies:
     def unexplained(self) -> float:
         """At the last call of `at`: the part of contributions that the other units do not carry, 0..1."""
         whole = found = 0.0
-        for k, parts in self._cached.items():
+        for k, (_, parts) in self._cached.items():
             reader = self._readers[k]
             variance = reader.spread if reader.spread.ndim == 1 else np.diag(reader.spread)
             for part, energy in zip(reader.parts, parts, strict=True):
@@ -132,7 +160,7 @@ class Energies:
         """group -> (units,): what the last call of `at` found at one reader; empty if it reads no unit."""
         for k, reader in enumerate(self._readers):
             if reader.tensor == tensor and k in self._cached:
-                return {part.group: e for part, e in zip(reader.parts, self._cached[k], strict=True)}
+                return {part.group: e for part, e in zip(reader.parts, self._cached[k][1], strict=True)}
         return {}
 
 
@@ -146,30 +174,61 @@ def _part(group: str, piece: Slice, weight: FloatArray, units: int, *, blocks: b
     return _Part(group, piece.unit_of, members, rows @ rows.transpose(0, 2, 1))
 
 
-def _reader_energies(
-    reader: _Reader, survival: Mapping[str, FloatArray], units: Mapping[str, int]
-) -> list[FloatArray]:
-    if reader.spread.ndim == 1:
-        return [_by_unit(part, reader.norms * reader.spread, units[part.group]) for part in reader.parts]
+def _alive(reader: _Reader, survival: Mapping[str, FloatArray]) -> FloatArray:
+    """(n,): the probability that an index survives."""
     alive = np.ones(len(reader.norms))
     for part in reader.parts:
         mine = part.unit_of >= 0
         alive[mine] *= survival[part.group][part.unit_of[mine]]
-    alive = np.maximum(alive, _LEAST)
+    return np.maximum(alive, _LEAST)
+
+
+def _reader_energies(reader: _Reader, alive: FloatArray, units: Mapping[str, int]) -> list[FloatArray]:
+    if reader.spread.ndim == 1:
+        return [_by_unit(part, reader.norms * reader.spread, units[part.group]) for part in reader.parts]
     variance = np.diag(reader.spread)
     noise = variance * (1 - alive) / alive + _RIDGE * float(variance.mean()) + 1e-30
     precision = spd_inverse(reader.spread + np.diag(noise))
+    gram = None if reader.gram is None else _refitted(reader.gram, precision, noise)
     found = []
     for part in reader.parts:
         if part.members is None or part.gram is None:
-            given_rest = np.maximum(1 / np.diag(precision) - noise, 0.0)
-            found.append(_by_unit(part, reader.norms * given_rest, units[part.group]))
+            known = np.diag(precision)
+            if gram is None:
+                per_index = reader.norms * np.maximum(1 / known - noise, 0.0)
+            else:
+                per_index = np.diag(gram) / (known * np.maximum(1 - noise * known, _LEAST**2))
+            found.append(_by_unit(part, per_index, units[part.group]))
             continue
-        blocks = np.linalg.inv(precision[part.members[:, :, None], part.members[:, None, :]])
-        own = part.gram * np.eye(part.members.shape[1])
-        energy = (part.gram * blocks).sum(axis=(1, 2)) - (own.sum(axis=2) * noise[part.members]).sum(axis=1)
+        own = part.members[:, :, None], part.members[:, None, :]
+        blocks = np.asarray(np.linalg.inv(precision[own]), dtype=np.float64)
+        if gram is None:
+            diagonal = part.gram * np.eye(part.members.shape[1])
+            energy = (part.gram * blocks).sum(axis=(1, 2)) - (diagonal.sum(axis=2) * noise[part.members]).sum(
+                axis=1
+            )
+        else:
+            energy = _block_energies(gram[own], blocks, noise[part.members])
         found.append(np.maximum(energy, 0.0))
     return found
+
+
+def _refitted(gram: FloatArray, precision: FloatArray, noise: FloatArray) -> FloatArray:
+    """W'^T W' for W' = W C (C + N)^-1: the best map from noisy inputs to what W computes of the clean ones."""
+    kept = np.eye(len(noise)) - noise[:, None] * precision  # C (C + N)^-1
+    return np.asarray(kept.T @ gram @ kept)
+
+
+def _block_energies(gram: FloatArray, blocks: FloatArray, noise: FloatArray) -> FloatArray:
+    """(units,): tr(K^T V^-1 K) with K = Cov(x_I, W x | the others) and V = Var(x_I | the others).
+
+    `gram`: (units, r, r) of the refitted weights W'_I = K^T [(C + N)^-1]_II; `blocks`: its inverses, V + N.
+    """
+    size = blocks.shape[1]
+    given_rest = blocks - noise[:, :, None] * np.eye(size)
+    floor = _LEAST**2 * np.trace(blocks, axis1=1, axis2=2) / size
+    inverse = np.linalg.inv(given_rest + floor[:, None, None] * np.eye(size))
+    return np.asarray(np.trace(gram @ blocks @ inverse @ blocks, axis1=1, axis2=2))
 
 
 def _by_unit(part: _Part, per_index: FloatArray, units: int) -> FloatArray:

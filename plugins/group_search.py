@@ -18,18 +18,34 @@ from prunus.core.graph import ChannelGraph
 from prunus.core.policy import PruningTask
 from prunus.core.signals import Signal
 from prunus.plugins.annealing import Lattice, mean_entropy
+from prunus.plugins.discrepancy import sliced_weights
 from prunus.plugins.energies import SIGNALS, Energies, Source
 from prunus.plugins.layers import Choice, LayerEvidence, Layers, with_layers
+from prunus.plugins.pooled_moments import MOMENTS, PooledMoments
 from prunus.plugins.ranking import signals_of
 from prunus.plugins.recovery import RecoveryConfig
 from prunus.plugins.scale_mixture import Coefficients, coefficients
+from prunus.plugins.sensitivity import Trials, measure_sensitivity, tries
+
+_RIDGE = 1e-3
+"""Of the mean variance, in trials."""
+_IN_TURN = 0.25
+"""Share of the units that move at a time when all at once do not settle."""
+_TRUST = 0.5
+"""Power of a group's sensitivity: halfway, on the scale of logarithms, between one noisy trial and none."""
 
 
 class AnnealingConfig(RecoveryConfig):
-    source: Source = "conditional"
-    """What a unit's energy is: `conditional` on who else survives, `weight`, or `gate_fisher`."""
+    source: Source | Literal["auto"] = "auto"
+    """What a unit's energy is: what its readers lose without it, the others `refitted`; `conditional` on who else
+    survives; `weight`; or `gate_fisher`. `auto` is `refitted`, `conditional` where layers may go, and `weight`
+    without data."""
     normalise: bool = True
-    """Bring energies to mean 1 inside each group; without it stages collapse."""
+    """Bring energies to mean 1 inside each group; without it stages collapse. Not those of `refitted`, which are
+    shares of what their readers compute: they are divided by what a unit costs."""
+    sensitivity: Trials = "auto"
+    """Weigh the energies of `refitted` by what each group costs the held-out loss, found by one trial per group;
+    `auto` if there are labels and the trials are cheap (MACs times groups below 2e10)."""
     kappa: float = Field(default=0.05, gt=0, le=1)
     """Noise floor, as a share of the median energy per number."""
     c1: float = Field(default=4.0, gt=0)
@@ -72,6 +88,8 @@ class GroupSearch:
     """T0"""
     rung: int = 0
     prices: dict[str, FloatArray] | None = None
+    sensitivity: dict[str, float] | None = None
+    """group -> how much the loss minds; None until it was measured."""
     gates: dict[str, FloatArray] | None = None
     """Gates that the current weights were trained with, to be folded at the next removal."""
 
@@ -100,26 +118,55 @@ class GroupSearch:
 
     def collect(self, task: PruningTask) -> Generator[Directive, Observation, tuple[Energies, LayerEvidence]]:
         """Measure what speaks for units and layers, under the current gates."""
-        config = self.config
-        source: Source = config.source if task.has_data else "weight"
-        signals = SIGNALS[source] if task.has_data else frozenset({Signal.WEIGHT})
+        source = self._source(task)
         if source == "gate_fisher" and not task.has_labels:
             raise ConfigError("source 'gate_fisher' needs labels; use source=conditional", key="source")
+        signals = SIGNALS[source] if task.has_data else frozenset({Signal.WEIGHT})
+        trials = self.sensitivity is None and source == "refitted" and tries(task, self.config.sensitivity)
+        if trials:
+            signals |= MOMENTS
         if self.choice.blocks:
             signals |= {Signal.BLOCK_CHANGE}
-        measured = signals_of((yield Measure(signals=signals, images=config.images, gates=self.gates)))
+        measured = signals_of((yield Measure(signals=signals, images=self.config.images, gates=self.gates)))
         energies = Energies(self.graph, measured, source)
         evidence = LayerEvidence(self.graph, self.choice, measured)
         if energies.assumed_variance:
             yield Note("energies", {"source": source, "variance": "1 where no activations were measured"})
+        if trials:
+            weights = {name: measured.read(Signal.WEIGHT, name) for name in sliced_weights(self.graph)}
+            moments = PooledMoments().add(self.graph, measured)
+            del measured
+            self.sensitivity = yield from measure_sensitivity(
+                self.graph, weights, moments, _RIDGE, self.config.refit, self.config.images
+            )
         return energies, evidence
 
+    def _source(self, task: PruningTask) -> Source:
+        if not task.has_data:
+            return "weight"
+        if self.config.source != "auto":
+            return self.config.source
+        return "conditional" if self.choice.names else "refitted"
+
     def coefficients(
-        self, energies: Energies, survival: Mapping[str, FloatArray], *, fresh: bool = True
+        self,
+        energies: Energies,
+        survival: Mapping[str, FloatArray],
+        costs: Mapping[str, FloatArray] | None = None,
     ) -> Coefficients:
-        """Lambda of every unit where its companions survive with these probabilities."""
-        config, found = self.config, energies.at(survival, fresh=fresh)
-        return coefficients(found, energies.sizes, kappa=config.kappa, c1=config.c1, normalise=config.normalise)
+        """Lambda of every unit where its companions survive with these probabilities.
+
+        `costs`: of a unit, with mean 1; None takes all to cost the same.
+        """
+        config, found = self.config, energies.at(survival)
+        comparable = energies.source == "refitted"
+        if comparable:
+            minds = self.sensitivity or {}
+            for name, energy in found.items():
+                cost = 1.0 if costs is None else costs[name]
+                found[name] = minds.get(name, 1.0) ** _TRUST * energy * energies.sizes[name] / cost
+        normalise = config.normalise and not comparable
+        return coefficients(found, energies.sizes, kappa=config.kappa, c1=config.c1, normalise=normalise)
 
     def anneal(
         self,
@@ -131,7 +178,11 @@ class GroupSearch:
         last: bool,
         weight: float = 1.0,
     ) -> tuple[list[Note], dict[str, FloatArray]]:
-        """Cool from `rung` to `until`, with damped updates; the last band until everything is decided."""
+        """Cool from `rung` to `until`, with damped updates; the last band until everything is decided.
+
+        Beyond `until`, where all units at once did not settle, only some, drawn anew, move at every update; in the
+        second half of that coefficients stay as they are, which decides between units that want each other.
+        """
         lattice = Lattice(self.space, budget)
         if not lattice.names or lattice.load(np.ones_like(lattice.even())) <= 1:
             self.probabilities = lattice.named(np.ones_like(lattice.even()))
@@ -141,16 +192,22 @@ class GroupSearch:
         if self.prices is None:
             self.prices = lattice.named(lattice.prices(np.ones_like(pi), self.config.cost_power))
         price = lattice.vector(self.prices)
+        costs = lattice.named(lattice.prices(np.ones_like(pi), 1.0))
         notes: list[Note] = []
         value, mu = pi, 0.0
+        rng = np.random.default_rng(0)  # of its own: the same search from the same evidence
         stop = until + (self.config.temperatures if last else 0)
+        final = until + self.config.temperatures // 2
         while self.rung < stop:
-            for update in range(self.config.updates):
-                found = self.coefficients(energies, lattice.named(pi), fresh=update == 0)
-                layers = evidence.at(energies, lattice.named(pi), found.noise, self.config.c1)
-                worth = lattice.worth(pi, evidence.groups)  # Lambda for each unit's worth of what a layer saves
-                of_layers = {name: np.array([weight * layers[name] / worth[name]]) for name in layers}
-                value = lattice.vector(found.value | of_layers)
+            for _ in range(self.config.updates):
+                if self.rung <= final:
+                    found = self.coefficients(energies, lattice.named(pi), costs)
+                    layers = evidence.at(energies, lattice.named(pi), found.noise, self.config.c1)
+                    worth = lattice.worth(
+                        pi, evidence.groups
+                    )  # Lambda for each unit's worth of what a layer saves
+                    of_layers = {name: np.array([weight * layers[name] / worth[name]]) for name in layers}
+                    value = lattice.vector(found.value | of_layers)
                 if self.first is None:
                     of_units = np.concatenate([found.value[name] for name in lattice.names if name in found.value])
                     self.first = max(self.config.hot * float(of_units.std()), 1e-9)
@@ -158,7 +215,10 @@ class GroupSearch:
                 if self.config.cost == "recomputed":
                     price = lattice.prices(pi, self.config.cost_power)
                 target, mu = lattice.solve(value, price, temperature)
-                pi = (1 - self.config.damping) * pi + self.config.damping * target
+                step = np.full(len(pi), self.config.damping)
+                if self.rung >= until:  # units that stand in for each other came and went together
+                    step *= rng.random(len(pi)) < _IN_TURN
+                pi = pi + step * (target - pi)
             self.rung += 1
             entropy = mean_entropy(pi, self.units)
             values = {"temperature": temperature, "entropy": entropy, "mu": mu, "load": lattice.load(pi)}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -21,13 +22,22 @@ from prunus.core.allocation import Ladder, ladders
 from prunus.core.cost import FloatArray
 from prunus.core.directives import Directive, Evaluate, Note, Observation, Refit
 from prunus.core.graph import ChannelGraph
+from prunus.core.policy import PruningTask
 from prunus.plugins.discrepancy import Discrepancy
 from prunus.plugins.recovery import evaluated
 
+Trials = Literal["auto", "yes", "no"]
+_CHEAP = 2e10
 _KEPT = 0.3
 """Of the tried group: few, since what counts is what happens when it gets narrow."""
 _WIDEST = 4.0
 """k lies within this factor of the median: the loss of one trial is noisy."""
+
+
+def tries(task: PruningTask, wanted: Trials) -> bool:
+    """Whether groups are tried: there are labels and, with `auto`, MACs times groups are below 2e10."""
+    cheap = task.graph.cost().macs * len(task.graph.prunable) <= _CHEAP
+    return task.has_labels and (wanted == "yes" or (wanted == "auto" and cheap))
 
 
 def measure_sensitivity(

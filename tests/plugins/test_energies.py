@@ -75,6 +75,59 @@ def test_a_duplicate_is_worthless_while_its_twin_survives_and_precious_when_the_
     assert alone[0] > 0.98 * both[2]
 
 
+def _lost(weight: np.ndarray, covariance: np.ndarray, mine: np.ndarray, noise: np.ndarray) -> float:
+    """Output variance that least squares leaves without x_mine, less what it leaves with it; the others noisy."""
+
+    def left(seen: np.ndarray, own: np.ndarray) -> float:
+        cross = covariance[np.ix_(seen, np.arange(len(covariance)))] @ weight.T
+        moment = covariance[np.ix_(seen, seen)] + np.diag(own)
+        explained = np.trace(cross.T @ np.linalg.solve(moment, cross))
+        return float(np.trace(weight @ covariance @ weight.T) - explained)
+
+    everyone = np.arange(len(covariance))
+    rest = np.setdiff1d(everyone, mine)
+    with_it = np.where(np.isin(everyone, mine), 0.0, noise)
+    return (left(rest, noise[rest]) - left(everyone, with_it)) / float(np.trace(weight @ covariance @ weight.T))
+
+
+@given(st.integers(0, 10**6), st.integers(2, 7))
+@settings(max_examples=40, deadline=None)
+def test_refitted_energy_is_what_least_squares_loses_with_the_unit(seed: int, units: int) -> None:
+    graph, weight, covariance = network(np.arange(units), units, seed)
+    pi = np.random.default_rng(seed).uniform(0.05, 1, units)
+    covariance += 0.1 * np.eye(units)
+    got = Energies(graph, signals(weight, covariance), "refitted").at({"g": pi})["g"]
+    noise = np.diag(covariance) * (1 - pi) / pi + 1e-4 * np.diag(covariance).mean()
+    wanted = [_lost(weight, covariance, np.array([i]), noise) for i in range(units)]
+    assert got == pytest.approx(np.array(wanted), rel=1e-3, abs=1e-6)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_refitted_energy_of_a_flattened_unit_is_that_of_its_block(seed: int) -> None:
+    unit_of = np.array([0, 1, 2, 0, 1, 2])
+    graph, weight, covariance = network(unit_of, 3, seed)
+    covariance += 0.1 * np.eye(6)
+    pi = np.random.default_rng(seed).uniform(0.1, 1, 3)
+    got = Energies(graph, signals(weight, covariance), "refitted").at({"g": pi})["g"]
+    alive = pi[unit_of]
+    noise = np.diag(covariance) * (1 - alive) / alive + 1e-4 * np.diag(covariance).mean()
+    wanted = [_lost(weight, covariance, np.flatnonzero(unit_of == i), noise) for i in range(3)]
+    assert got == pytest.approx(np.array(wanted), rel=1e-3, abs=1e-6)
+
+
+def test_the_last_of_many_that_say_the_same_is_worth_all_of_them_once_refitted() -> None:
+    covariance = np.ones((4, 4)) + 1e-3 * np.eye(4)
+    graph, _, _ = network(np.arange(4), 4, 0)
+    alone = {"g": np.array([1.0, 0, 0, 0])}
+    energies = {
+        s: Energies(graph, signals(np.ones((5, 4)), covariance), s).at(alone)["g"]
+        for s in ("refitted", "conditional")
+    }
+    assert energies["refitted"][0] > 0.95  # of the whole output
+    assert energies["conditional"][0] < 0.1 * 5 * 16  # its own weights alone: a sixteenth
+
+
 def test_weight_energy_is_squared_norm_times_variance() -> None:
     graph, weight, covariance = network(np.arange(4), 4, 3)
     got = Energies(graph, signals(weight, covariance), "weight").at({"g": np.full(4, 0.3)})["g"]

@@ -17,7 +17,10 @@ from prunus.core.testing.graphs import mlp_graph, residual_graph
 from prunus.core.testing.simulation import SimulatedAdapter
 from prunus.core.testing.transcript import Transcript, drive
 from prunus.plugins.annealing import Lattice, mean_entropy
+from prunus.plugins.energies import SIGNALS, Energies
+from prunus.plugins.group_search import GroupSearch
 from prunus.plugins.gsm_anneal import GsmAnneal, GsmAnnealConfig
+from prunus.plugins.layers import Choice
 from prunus.plugins.magnitude import Magnitude
 from prunus.plugins.one_shot import OneShot
 
@@ -179,16 +182,38 @@ def test_a_target_next_to_the_smallest_reachable_cost_is_met_not_called_a_collap
     assert reachable(graph)["macs"] <= share <= above * reachable(graph)["macs"]
 
 
-def test_without_normalisation_a_quiet_stage_is_starved_and_the_guard_fires() -> None:
+@pytest.mark.parametrize("source", ["conditional", "refitted"])
+def test_without_normalisation_a_quiet_stage_is_starved_and_the_guard_fires(
+    source: Literal["conditional", "refitted"],
+) -> None:
     adapter = SimulatedAdapter(WIDTHS)
     # the same function, since ReLU is homogeneous: what h1 says is read by small weights, h2's by large ones
     for tensor, factor in (("fc2.weight", 1e-3), ("fc2.bias", 1e-3), ("fc3.weight", 1e3)):
         adapter.weights[tensor] = adapter.weights[tensor] * factor
     task = adapter.task("macs=25%")
     with pytest.raises(PluginError, match="groups do not collapse"):
-        drive(GsmAnneal(GsmAnnealConfig(normalise=False)), task, adapter)
-    drive(GsmAnneal(), task, adapter)
+        drive(GsmAnneal(GsmAnnealConfig(source="conditional", normalise=False)), task, adapter)
+    drive(GsmAnneal(GsmAnnealConfig(source=source)), task, adapter)
     assert min(adapter.graph.units.values()) >= 4
+
+
+def test_groups_that_the_loss_minds_are_tried_once_and_keep_more() -> None:
+    adapter = SimulatedAdapter(WIDTHS)
+    search = GroupSearch(GsmAnnealConfig(), adapter.graph, 1.0, Choice({}, {}), sum(WIDTHS[1:-1]))
+    energies = Energies(adapter.graph, adapter.measure(Measure(SIGNALS["refitted"])), "refitted")
+    ones = {name: np.ones(group.units) for name, group in adapter.graph.prunable.items()}
+    plain = search.coefficients(energies, ones).value
+    search.sensitivity = {"h1": 4.0}
+    minded = search.coefficients(energies, ones).value
+    rise = {name: float(np.mean(minded[name] - plain[name])) for name in ones}
+    assert rise["h1"] > rise["h0"] + 0.5
+    assert rise["h1"] > rise["h2"] + 0.5
+
+    _, transcript = run(rounds=2, epochs=4.0)
+    trials = [d for d in transcript.of(Evaluate) if d.within is not None]
+    assert len(trials) == 3  # of h0, h1 and h2, in the first of the rounds alone
+    _, transcript = run(rounds=2, epochs=4.0, sensitivity="no")
+    assert not [d for d in transcript.of(Evaluate) if d.within is not None]
 
 
 def test_an_annealing_that_is_cut_short_is_not_called_decided() -> None:
