@@ -52,7 +52,7 @@ class BayesReparamConfig(RecoveryConfig):
     """Of the mean variance, added to every variance."""
     sensitivity: Trials = "auto"
     """Weigh each group's discrepancies by what they cost the held-out loss, found by one trial per group; `auto`
-    if there are labels and the trials are cheap (MACs times groups below 2e10)."""
+    if there are labels, 500 images held out, and the trials are cheap (MACs times groups below 2e10)."""
     round_epochs: float = Field(default=0.15, ge=0)
     """At most so much recovery between rounds."""
     round_lr: float = Field(default=0.01, gt=0)
@@ -96,7 +96,13 @@ class BayesReparam(PruningPolicy):
                 sensitivity = {}
                 if tries(task, config.sensitivity):
                     sensitivity = yield from measure_sensitivity(
-                        graph, seen.weights, seen.moments, config.ridge, config.refit, config.images
+                        graph,
+                        seen.weights,
+                        seen.moments,
+                        config.ridge,
+                        config.refit,
+                        config.images,
+                        config.sensitivity,
                     )
                     seen = seen.weighted(graph, budget, config.ridge, sensitivity)
             seen.moments.clear()  # as large as the precisions that were made of them

@@ -45,7 +45,7 @@ class AnnealingConfig(RecoveryConfig):
     shares of what their readers compute: they are divided by what a unit costs."""
     sensitivity: Trials = "auto"
     """Weigh the energies of `refitted` by what each group costs the held-out loss, found by one trial per group;
-    `auto` if there are labels and the trials are cheap (MACs times groups below 2e10)."""
+    `auto` if there are labels, 500 images held out, and the trials are cheap (MACs times groups below 2e10)."""
     kappa: float = Field(default=0.05, gt=0, le=1)
     """Noise floor, as a share of the median energy per number."""
     c1: float = Field(default=4.0, gt=0)
@@ -118,16 +118,16 @@ class GroupSearch:
 
     def collect(self, task: PruningTask) -> Generator[Directive, Observation, tuple[Energies, LayerEvidence]]:
         """Measure what speaks for units and layers, under the current gates."""
-        source = self._source(task)
+        config, source = self.config, self._source(task)
         if source == "gate_fisher" and not task.has_labels:
             raise ConfigError("source 'gate_fisher' needs labels; use source=conditional", key="source")
         signals = SIGNALS[source] if task.has_data else frozenset({Signal.WEIGHT})
-        trials = self.sensitivity is None and source == "refitted" and tries(task, self.config.sensitivity)
+        trials = self.sensitivity is None and source == "refitted" and tries(task, config.sensitivity)
         if trials:
             signals |= MOMENTS
         if self.choice.blocks:
             signals |= {Signal.BLOCK_CHANGE}
-        measured = signals_of((yield Measure(signals=signals, images=self.config.images, gates=self.gates)))
+        measured = signals_of((yield Measure(signals=signals, images=config.images, gates=self.gates)))
         energies = Energies(self.graph, measured, source)
         evidence = LayerEvidence(self.graph, self.choice, measured)
         if energies.assumed_variance:
@@ -137,7 +137,7 @@ class GroupSearch:
             moments = PooledMoments().add(self.graph, measured)
             del measured
             self.sensitivity = yield from measure_sensitivity(
-                self.graph, weights, moments, _RIDGE, self.config.refit, self.config.images
+                self.graph, weights, moments, _RIDGE, config.refit, config.images, config.sensitivity
             )
         return energies, evidence
 

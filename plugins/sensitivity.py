@@ -28,6 +28,9 @@ from prunus.plugins.recovery import evaluated
 
 Trials = Literal["auto", "yes", "no"]
 _CHEAP = 2e10
+_ENOUGH = 500
+"""Held-out images from which on one trial says something. On 143 digits, all but some of which the network
+knows, 7 of 12 trials cost no loss at all; a ResNet-20 at a tenth of its MACs lost 17 points by believing them."""
 _KEPT = 0.3
 """Of the tried group: few, since what counts is what happens when it gets narrow."""
 _WIDEST = 4.0
@@ -47,9 +50,17 @@ def measure_sensitivity(
     ridge: float,
     refit: Refit,
     images: int,
+    trials: Trials = "yes",
 ) -> Generator[Directive, Observation, dict[str, float]]:
-    """group -> k, for every group that can shrink; groups that shrink together share theirs."""
-    before = evaluated((yield Evaluate(images=images))).loss
+    """group -> k, for every group that can shrink; groups that shrink together share theirs.
+
+    Empty where no trial cost anything, and with `auto` where fewer than 500 images are held out.
+    """
+    whole = evaluated((yield Evaluate(images=images)))
+    if trials == "auto" and whole.samples < _ENOUGH:
+        yield Note("sensitivity-skipped", {"images": whole.samples})
+        return {}
+    before = whole.loss
     found: dict[str, float] = {}
     for ladder in ladders(graph):
         if len(ladder.counts) == 1:

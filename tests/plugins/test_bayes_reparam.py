@@ -131,5 +131,5 @@ def test_memory_and_compensation_can_be_switched_off() -> None:
 
 
 def test_groups_are_weighed_by_their_loss_where_there_are_labels() -> None:
-    assert [n for n in run().notes if n.kind == "sensitivity"]
+    assert [n for n in run(sensitivity="yes").notes if n.kind == "sensitivity"]
     assert not [n for n in run(sensitivity="no").notes if n.kind == "sensitivity"]

@@ -209,7 +209,7 @@ def test_groups_that_the_loss_minds_are_tried_once_and_keep_more() -> None:
     assert rise["h1"] > rise["h0"] + 0.5
     assert rise["h1"] > rise["h2"] + 0.5
 
-    _, transcript = run(rounds=2, epochs=4.0)
+    _, transcript = run(rounds=2, epochs=4.0, sensitivity="yes")
     trials = [d for d in transcript.of(Evaluate) if d.within is not None]
     assert len(trials) == 3  # of h0, h1 and h2, in the first of the rounds alone
     _, transcript = run(rounds=2, epochs=4.0, sensitivity="no")

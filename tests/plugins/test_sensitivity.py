@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from prunus.core.directives import Evaluate, Evaluated
+from prunus.core.directives import Evaluate, Evaluated, Note
 from prunus.core.testing.graphs import mlp_graph
 from prunus.plugins.sensitivity import measure_sensitivity
 
@@ -39,6 +39,23 @@ def test_a_group_whose_narrowing_costs_more_loss_weighs_more_within_bounds() -> 
 def test_groups_that_shrink_together_are_tried_together() -> None:
     found = sensitivities({"h0": 1.5, "h2": 1.1}.__getitem__, h0={"equal_count": "t"}, h1={"equal_count": "t"})
     assert found["h0"] == found["h1"] != found["h2"]
+
+
+def test_few_held_out_images_are_not_believed_unless_asked_for() -> None:
+    graph = mlp_graph([4, 10, 10, 3])
+    weights = {name: np.ones(shape) for name, shape in graph.tensors.items()}
+    moments = {name: np.eye(10) for name in ("fc1.weight", "fc2.weight")}
+    trial = measure_sensitivity(graph, weights, moments, 1e-3, "sequential", 64, "auto")
+    assert next(trial) == Evaluate(images=64)
+    assert trial.send(Evaluated(1.0, 0.5, 499)) == Note("sensitivity-skipped", {"images": 499})
+    with pytest.raises(StopIteration) as stop:
+        next(trial)
+    assert stop.value.value == {}
+    trial = measure_sensitivity(graph, weights, moments, 1e-3, "sequential", 64, "auto")
+    next(trial)
+    following = trial.send(Evaluated(1.0, 0.5, 500))
+    assert isinstance(following, Evaluate)
+    assert following.within
 
 
 def test_where_no_trial_costs_anything_all_groups_weigh_the_same() -> None:
