@@ -35,7 +35,7 @@ SIGNALS: dict[Source, frozenset[Signal]] = {
 }
 SMALL = 512
 """Readers with at most so many inputs are inverted at every update, wider ones where it changes something."""
-_STALE = 0.01
+_STALE = 0.1
 """The change from which on a wide reader is inverted again, as a share of the inputs expected to survive."""
 _RIDGE = 1e-4
 _LEAST = 1e-3
@@ -60,8 +60,8 @@ class _Reader:
     """(n,): squared norm of the weights of every index."""
     spread: FloatArray
     """(n, n) covariance or (n,) variance of the inputs."""
-    gram: FloatArray | None
-    """(n, n): W^T W over outputs and taps, if refitted weights are asked for and covariances are known."""
+    root: FloatArray | None
+    """(k, n), k <= n: R^T R = W^T W over outputs and taps, if refitted weights are asked for and C is known."""
     output: float
     """What energies are divided by: tr(W C W^T), the variance of all that the reader computes, or 1."""
     parts: tuple[_Part, ...]
@@ -97,13 +97,14 @@ class Energies:
             norms = power_sum(weight, Slice(tensor, axis, "reads", every), len(every))
             spread = self._spread(signals, tensor, len(every))
             parts = tuple(_part(g, p, weight, self._units[g], blocks=spread.ndim == 2) for g, p in mine)
-            gram, output = None, 1.0
+            root, output = None, 1.0
             if self.source == "refitted":
+                output = float(norms @ spread) if spread.ndim == 1 else 0.0
                 if spread.ndim == 2:
-                    rows = np.moveaxis(weight, axis, 0).reshape(len(every), -1)
-                    gram = rows @ rows.T
-                output = max(float((gram * spread).sum() if gram is not None else norms @ spread), 1e-300)
-            self._readers.append(_Reader(tensor, norms, spread, gram, output, parts))
+                    root = _root(np.moveaxis(weight, axis, -1).reshape(-1, len(every)))
+                    output = float(((root @ spread) * root).sum())
+                output = max(output, 1e-300)
+            self._readers.append(_Reader(tensor, norms, spread, root, output, parts))
             read |= {g for g, _ in mine}
         for name in self._units.keys() - read:
             energy = _writers_energy(graph, name, signals)
@@ -189,34 +190,37 @@ def _reader_energies(reader: _Reader, alive: FloatArray, units: Mapping[str, int
     variance = np.diag(reader.spread)
     noise = variance * (1 - alive) / alive + _RIDGE * float(variance.mean()) + 1e-30
     precision = spd_inverse(reader.spread + np.diag(noise))
-    gram = None if reader.gram is None else _refitted(reader.gram, precision, noise)
+    refitted = None if reader.root is None else _refitted(reader.root, precision, noise)
     found = []
     for part in reader.parts:
         if part.members is None or part.gram is None:
             known = np.diag(precision)
-            if gram is None:
+            if refitted is None:
                 per_index = reader.norms * np.maximum(1 / known - noise, 0.0)
             else:
-                per_index = np.diag(gram) / (known * np.maximum(1 - noise * known, _LEAST**2))
+                per_index = (refitted**2).sum(axis=0) / (known * np.maximum(1 - noise * known, _LEAST**2))
             found.append(_by_unit(part, per_index, units[part.group]))
             continue
         own = part.members[:, :, None], part.members[:, None, :]
         blocks = np.asarray(np.linalg.inv(precision[own]), dtype=np.float64)
-        if gram is None:
-            diagonal = part.gram * np.eye(part.members.shape[1])
-            energy = (part.gram * blocks).sum(axis=(1, 2)) - (diagonal.sum(axis=2) * noise[part.members]).sum(
-                axis=1
-            )
+        if refitted is None:
+            norms = np.diagonal(part.gram, axis1=1, axis2=2)
+            energy = (part.gram * blocks).sum(axis=(1, 2)) - (norms * noise[part.members]).sum(axis=1)
         else:
-            energy = _block_energies(gram[own], blocks, noise[part.members])
+            mine = refitted[:, part.members]
+            energy = _block_energies(np.einsum("kur,kus->urs", mine, mine), blocks, noise[part.members])
         found.append(np.maximum(energy, 0.0))
     return found
 
 
-def _refitted(gram: FloatArray, precision: FloatArray, noise: FloatArray) -> FloatArray:
-    """W'^T W' for W' = W C (C + N)^-1: the best map from noisy inputs to what W computes of the clean ones."""
-    kept = np.eye(len(noise)) - noise[:, None] * precision  # C (C + N)^-1
-    return np.asarray(kept.T @ gram @ kept)
+def _root(rows: FloatArray) -> FloatArray:
+    """R of R^T R = `rows`^T `rows` with as few rows as columns, since a 3 x 3 kernel has nine times as many."""
+    return rows if len(rows) <= rows.shape[1] else np.asarray(np.linalg.qr(rows, mode="r"))
+
+
+def _refitted(root: FloatArray, precision: FloatArray, noise: FloatArray) -> FloatArray:
+    """W' = W C (C + N)^-1 for W given as `root`: the best map from noisy inputs to what W makes of clean ones."""
+    return np.asarray(root - (root * noise) @ precision)
 
 
 def _block_energies(gram: FloatArray, blocks: FloatArray, noise: FloatArray) -> FloatArray:
