@@ -216,7 +216,7 @@ class GroupSearch:
                     price = lattice.prices(pi, self.config.cost_power)
                 target, mu = lattice.solve(value, price, temperature)
                 step = np.full(len(pi), self.config.damping)
-                if self.rung >= until:  # units that stand in for each other came and went together
+                if until <= self.rung <= final:  # units that stand in for each other came and went together
                     step *= rng.random(len(pi)) < _IN_TURN
                 pi = pi + step * (target - pi)
             self.rung += 1
@@ -247,8 +247,11 @@ class GroupSearch:
 
     @property
     def _decided(self) -> float:
-        """The entropy below which a search is over: widths are whole, so one unit may stay in between."""
-        return max(self.config.cold, 1 / max(self.units, 1))
+        """The entropy below which a search is over: widths are whole, so one unit may stay in between.
+
+        A hundredth more: at 1/2 it alone has all of that, and the others are close to 0 and 1, not there.
+        """
+        return max(self.config.cold, 1.01 / max(self.units, 1))
 
     def _guard(self, lattice: Lattice, pi: FloatArray) -> None:
         """What a sane annealing leaves: numbers, decisions, its budget, and no stage gone."""
