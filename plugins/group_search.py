@@ -68,7 +68,7 @@ class AnnealingConfig(RecoveryConfig):
     """The mean entropy, as a share of log 2, at which the search is over."""
     collapsed: float = Field(default=0.2, ge=0, le=1)
     """Groups that carry more than this share of the cost must not fall under their floors: that is a search
-    gone wrong, not a small network."""
+    gone wrong, not a small network. With `refitted` energies it is not, and the floors hold."""
 
 
 @dataclass(slots=True)
@@ -227,7 +227,7 @@ class GroupSearch:
                 break
         self.probabilities = lattice.named(pi)
         if last:
-            self._guard(lattice, pi)
+            self._guard(lattice, pi, floors=energies.source == "refitted")
         # pi is saturated where Lambda is far from the threshold: the margin orders what pi cannot tell apart
         margin = value - mu * price
         return notes, lattice.named(pi + 1e-6 * np.tanh(margin / (np.abs(margin).max() + 1e-300)))
@@ -253,8 +253,11 @@ class GroupSearch:
         """
         return max(self.config.cold, 1.01 / max(self.units, 1))
 
-    def _guard(self, lattice: Lattice, pi: FloatArray) -> None:
-        """What a sane annealing leaves: numbers, decisions, its budget, and no stage gone."""
+    def _guard(self, lattice: Lattice, pi: FloatArray, *, floors: bool) -> None:
+        """What a sane annealing leaves: numbers, decisions, its budget, and no stage gone.
+
+        `floors`: energies rise as a group gets narrow, so one that ends at its floor has nothing more to say.
+        """
         if not np.isfinite(pi).all():
             bad = int((~np.isfinite(pi)).sum())
             raise PluginError("gsm-anneal", "probabilities are finite", f"{bad} are not.")
@@ -270,7 +273,7 @@ class GroupSearch:
         if abs(load - 1) > 0.05:
             said = f"The expected cost is {load:.3f} of it; lower damping."
             raise PluginError("gsm-anneal", "annealing ends at its budget", said)
-        gone = lattice.collapsed(pi)
+        gone = {} if floors else lattice.collapsed(pi)
         weight = lattice.weight_of(gone)
         if weight > self.config.collapsed:
             worst = min(gone, key=lambda name: gone[name])

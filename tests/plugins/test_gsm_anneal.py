@@ -170,7 +170,7 @@ def test_tied_groups_and_floors_enter_the_expected_cost() -> None:
 
 def test_the_collapsing_price_variant_is_stopped_by_the_guard() -> None:
     with pytest.raises(PluginError, match="groups do not collapse") as caught:
-        run("macs=10%", cost="recomputed", cost_power=1.0)
+        run("macs=10%", source="conditional", cost="recomputed", cost_power=1.0)
     assert caught.value.plugin == "gsm-anneal"
 
 
