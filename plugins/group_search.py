@@ -203,9 +203,7 @@ class GroupSearch:
                 if self.rung <= final:
                     found = self.coefficients(energies, lattice.named(pi), costs)
                     layers = evidence.at(energies, lattice.named(pi), found.noise, self.config.c1)
-                    worth = lattice.worth(
-                        pi, evidence.groups
-                    )  # Lambda for each unit's worth of what a layer saves
+                    worth = lattice.worth(pi, evidence.groups)  # Lambda for each unit's worth of savings
                     of_layers = {name: np.array([weight * layers[name] / worth[name]]) for name in layers}
                     value = lattice.vector(found.value | of_layers)
                 if self.first is None:

@@ -29,6 +29,12 @@ def signals(weight: np.ndarray, covariance: np.ndarray) -> SimulatedSignals:
     return SimulatedSignals(SIGNALS["conditional"], arrays)
 
 
+def noise_of(covariance: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """What is added to every input that survives with these probabilities."""
+    variance = np.diag(covariance)
+    return variance * (1 - alive) / alive + 1e-4 * variance.mean()
+
+
 def conditional(covariance: np.ndarray, mine: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """Var(x_mine | the others, each with its noise): the Schur complement, written out."""
     rest = np.setdiff1d(np.arange(len(covariance)), mine)
@@ -43,7 +49,7 @@ def test_conditional_energy_is_the_schur_complement_with_noise_on_who_may_go(see
     graph, weight, covariance = network(np.arange(units), units, seed)
     pi = np.random.default_rng(seed).uniform(0.05, 1, units)
     got = Energies(graph, signals(weight, covariance), "conditional").at({"g": pi})["g"]
-    noise = np.diag(covariance) * (1 - pi) / pi + 1e-4 * np.diag(covariance).mean()
+    noise = noise_of(covariance, pi)
     wanted = [
         (weight[:, i] ** 2).sum() * conditional(covariance, np.array([i]), noise)[0, 0] for i in range(units)
     ]
@@ -57,8 +63,7 @@ def test_a_flattened_unit_has_the_energy_of_its_block_given_the_rest(seed: int) 
     graph, weight, covariance = network(unit_of, 3, seed)
     pi = np.random.default_rng(seed).uniform(0.1, 1, 3)
     got = Energies(graph, signals(weight, covariance), "conditional").at({"g": pi})["g"]
-    alive = pi[unit_of]
-    noise = np.diag(covariance) * (1 - alive) / alive + 1e-4 * np.diag(covariance).mean()
+    noise = noise_of(covariance, pi[unit_of])
     for i in range(3):
         mine = np.flatnonzero(unit_of == i)
         block = weight[:, mine] @ conditional(covariance, mine, noise) @ weight[:, mine].T
@@ -97,7 +102,7 @@ def test_refitted_energy_is_what_least_squares_loses_with_the_unit(seed: int, un
     pi = np.random.default_rng(seed).uniform(0.05, 1, units)
     covariance += 0.1 * np.eye(units)
     got = Energies(graph, signals(weight, covariance), "refitted").at({"g": pi})["g"]
-    noise = np.diag(covariance) * (1 - pi) / pi + 1e-4 * np.diag(covariance).mean()
+    noise = noise_of(covariance, pi)
     wanted = [_lost(weight, covariance, np.array([i]), noise) for i in range(units)]
     assert got == pytest.approx(np.array(wanted), rel=1e-3, abs=1e-6)
 
@@ -110,8 +115,7 @@ def test_refitted_energy_of_a_flattened_unit_is_that_of_its_block(seed: int) -> 
     covariance += 0.1 * np.eye(6)
     pi = np.random.default_rng(seed).uniform(0.1, 1, 3)
     got = Energies(graph, signals(weight, covariance), "refitted").at({"g": pi})["g"]
-    alive = pi[unit_of]
-    noise = np.diag(covariance) * (1 - alive) / alive + 1e-4 * np.diag(covariance).mean()
+    noise = noise_of(covariance, pi[unit_of])
     wanted = [_lost(weight, covariance, np.flatnonzero(unit_of == i), noise) for i in range(3)]
     assert got == pytest.approx(np.array(wanted), rel=1e-3, abs=1e-6)
 
