@@ -31,6 +31,8 @@ _RIDGE = 1e-3
 """Of the mean variance, in trials."""
 _IN_TURN = 0.25
 """Share of the units that move at a time when all at once do not settle."""
+_FROZEN, _TIE = 1e-10, 1e-6
+"""The last temperature, and by how much the first unit is worth more than the last, as shares of T0."""
 _TRUST = 0.5
 """Power of a group's sensitivity: halfway, on the scale of logarithms, between one noisy trial and none."""
 
@@ -181,7 +183,8 @@ class GroupSearch:
         """Cool from `rung` to `until`, with damped updates; the last band until everything is decided.
 
         Beyond `until`, where all units at once did not settle, only some, drawn anew, move at every update; in the
-        second half of that coefficients stay as they are, which decides between units that want each other.
+        second half of that coefficients stay as they are and the temperature is next to 0, which decides between
+        units that want each other or are the same.
         """
         lattice = Lattice(self.space, budget)
         if not lattice.names or lattice.load(np.ones_like(lattice.even())) <= 1:
@@ -199,8 +202,9 @@ class GroupSearch:
         stop = until + (self.config.temperatures if last else 0)
         final = until + self.config.temperatures // 2
         while self.rung < stop:
+            frozen = self.rung > final
             for _ in range(self.config.updates):
-                if self.rung <= final:
+                if not frozen:
                     found = self.coefficients(energies, lattice.named(pi), costs)
                     layers = evidence.at(energies, lattice.named(pi), found.noise, self.config.c1)
                     worth = lattice.worth(pi, evidence.groups)  # Lambda for each unit's worth of savings
@@ -209,10 +213,11 @@ class GroupSearch:
                 if self.first is None:
                     of_units = np.concatenate([found.value[name] for name in lattice.names if name in found.value])
                     self.first = max(self.config.hot * float(of_units.std()), 1e-9)
-                temperature = self.first * self.config.cooling**self.rung
+                temperature = self.first * (_FROZEN if frozen else self.config.cooling**self.rung)
                 if self.config.cost == "recomputed":
                     price = lattice.prices(pi, self.config.cost_power)
-                target, mu = lattice.solve(value, price, temperature)
+                ties = np.linspace(_TIE * self.first, 0.0, len(pi)) if frozen else 0.0
+                target, mu = lattice.solve(value + ties, price, temperature)
                 step = np.full(len(pi), self.config.damping)
                 if until <= self.rung <= final:  # units that stand in for each other came and went together
                     step *= rng.random(len(pi)) < _IN_TURN

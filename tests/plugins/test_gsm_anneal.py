@@ -216,6 +216,16 @@ def test_groups_that_the_loss_minds_are_tried_once_and_keep_more() -> None:
     assert not [d for d in transcript.of(Evaluate) if d.within is not None]
 
 
+def test_units_that_are_the_same_are_decided_too() -> None:
+    adapter = SimulatedAdapter(WIDTHS)
+    for tensor in ("fc1.weight", "fc1.bias"):
+        whole = adapter.weights[tensor]
+        adapter.weights[tensor] = np.repeat(whole[:1], len(whole), axis=0)
+    transcript = drive(GsmAnneal(), adapter.task("macs=25%"), adapter)
+    assert last_of(transcript)["entropy"] < 0.02
+    assert adapter.graph.units["h1"] < 24
+
+
 def test_an_annealing_that_is_cut_short_is_not_called_decided() -> None:
     with pytest.raises(PluginError, match="ends decided"):
         run(temperatures=2)
