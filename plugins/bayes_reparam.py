@@ -30,7 +30,7 @@ from prunus.plugins.greedy_removal import Selection, log_scores, select
 from prunus.plugins.pooled_moments import MOMENTS, PooledMoments
 from prunus.plugins.ranking import signals_of
 from prunus.plugins.recovery import RecoveryConfig, can_train, changed, evaluated, recover, removal
-from prunus.plugins.sensitivity import Trials, measure_sensitivity, tries
+from prunus.plugins.sensitivity import Trials, measure_sensitivity, settle, sweeps, tries
 from prunus.plugins.unit_belief import Belief, prediction_quality, pruning_probabilities
 
 _HIGHEST_SURVIVAL_TERM = 0.9
@@ -51,8 +51,9 @@ class BayesReparamConfig(RecoveryConfig):
     ridge: float = Field(default=1e-3, gt=0)
     """Of the mean variance, added to every variance."""
     sensitivity: Trials = "auto"
-    """Weigh each group's discrepancies by what they cost the held-out loss, found by one trial per group; `auto`
-    if there are labels, 500 images held out, and the trials are cheap (MACs times groups below 2e10)."""
+    """Weigh each group's discrepancies by what they cost the held-out loss, found by trials of each group alone
+    and at the widths where one round would end; `auto` if there are labels, 500 images held out, and trials are
+    cheap (MACs times groups below 2e10; where the round ends each group is tried three times, below a third)."""
     round_epochs: float = Field(default=0.15, ge=0)
     """At most so much recovery between rounds."""
     round_lr: float = Field(default=0.01, gt=0)
@@ -93,17 +94,8 @@ class BayesReparam(PruningPolicy):
             budget = task.budget.partway(progress, start)
             seen = yield from _observe(graph, budget, config, sensitivity)
             if sensitivity is None:
-                sensitivity = {}
-                if tries(task, config.sensitivity):
-                    sensitivity = yield from measure_sensitivity(
-                        graph,
-                        seen.weights,
-                        seen.moments,
-                        config.ridge,
-                        config.refit,
-                        config.images,
-                        config.sensitivity,
-                    )
+                sensitivity = yield from _sensitivity(task, config, seen)
+                if sensitivity:
                     seen = seen.weighted(graph, budget, config.ridge, sensitivity)
             seen.moments.clear()  # as large as the precisions that were made of them
             beliefs = _believe(config, beliefs, seen)
@@ -184,6 +176,30 @@ def _observe(
     del pooled
     discrepancy = Discrepancy(graph, weights, moments, config.ridge, sensitivity)
     return _Seen(weights, moments, discrepancy, log_scores(graph, budget, discrepancy), noise)
+
+
+def _sensitivity(
+    task: PruningTask, config: BayesReparamConfig, seen: _Seen
+) -> Generator[Directive, Observation, dict[str, float]]:
+    """group -> factor of its discrepancies, by trials of each group alone and where one round would end."""
+    if not tries(task, config.sensitivity):
+        return {}
+    graph, budget = task.graph, task.budget
+    alone = yield from measure_sensitivity(
+        graph, seen.weights, seen.moments, config.ridge, config.refit, config.images, config.sensitivity
+    )
+    if not alone:
+        return {}
+
+    def propose(factors: Mapping[str, float]) -> Selection:
+        judged = seen.weighted(graph, budget, config.ridge, factors)
+        beliefs = _believe(config, {}, judged)
+        _, tau = pruning_probabilities(graph, budget, beliefs)
+        return select(graph, budget, judged.discrepancy, beliefs, judged.scores, tau)
+
+    times = sweeps(task, config.sensitivity)
+    factors, _ = yield from settle(graph, budget, propose, alone, config.refit, times)
+    return factors
 
 
 def _believe(config: BayesReparamConfig, before: Mapping[str, Belief], seen: _Seen) -> dict[str, Belief]:

@@ -50,6 +50,8 @@ class Selection:
     """group -> kept units, of every group."""
     change: dict[str, FloatArray]
     """group -> (units,): d, how log(D / c) of each unit changed until the end or until its own removal."""
+    ranks: dict[str, FloatArray]
+    """group -> (units,): what went first ranks lowest."""
 
 
 def select(
@@ -68,8 +70,9 @@ def select(
     greedy = _Greedy(graph, budget, discrepancy, beliefs, scores, tau)
     while not budget.met(graph.cost_model.at(greedy.counts)):
         greedy.step()
-    keep = global_keep(graph, budget, greedy.ranks())
-    return Selection(keep, {name: greedy.log_now[name] - scores[name] for name in scores})
+    ranks = greedy.ranks()
+    keep = global_keep(graph, budget, ranks)
+    return Selection(keep, {name: greedy.log_now[name] - scores[name] for name in scores}, ranks)
 
 
 class _Greedy:

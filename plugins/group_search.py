@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,12 +20,12 @@ from prunus.core.signals import Signal
 from prunus.plugins.annealing import Lattice, mean_entropy
 from prunus.plugins.discrepancy import sliced_weights
 from prunus.plugins.energies import SIGNALS, Energies, Source
-from prunus.plugins.layers import Choice, LayerEvidence, Layers, with_layers
+from prunus.plugins.layers import Choice, LayerEvidence, Layers, harden, with_layers
 from prunus.plugins.pooled_moments import MOMENTS, PooledMoments
 from prunus.plugins.ranking import signals_of
 from prunus.plugins.recovery import RecoveryConfig
 from prunus.plugins.scale_mixture import Coefficients, coefficients
-from prunus.plugins.sensitivity import Trials, measure_sensitivity, tries
+from prunus.plugins.sensitivity import Trials, measure_sensitivity, settle, sweeps, tries
 
 _RIDGE = 1e-3
 """Of the mean variance, in trials."""
@@ -37,6 +37,18 @@ _TRUST = 0.5
 """Power of a group's sensitivity: halfway, on the scale of logarithms, between one noisy trial and none."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Annealed:
+    """Where a search ended."""
+
+    keep: dict[str, IntArray]
+    """group -> kept units; empty for a layer that goes as a whole."""
+    ranks: dict[str, FloatArray]
+    notes: list[Note]
+    probabilities: dict[str, FloatArray] | None
+    rung: int
+
+
 class AnnealingConfig(RecoveryConfig):
     source: Source | Literal["auto"] = "auto"
     """What a unit's energy is: what its readers lose without it, the others `refitted`; `conditional` on who else
@@ -46,8 +58,9 @@ class AnnealingConfig(RecoveryConfig):
     """Bring energies to mean 1 inside each group; without it stages collapse. Not those of `refitted`, which are
     shares of what their readers compute: they are divided by what a unit costs."""
     sensitivity: Trials = "auto"
-    """Weigh the energies of `refitted` by what each group costs the held-out loss, found by one trial per group;
-    `auto` if there are labels, 500 images held out, and the trials are cheap (MACs times groups below 2e10)."""
+    """Weigh the energies of `refitted` by what each group costs the held-out loss, found by trials of each group
+    alone and at the widths where the search ends; `auto` if there are labels, 500 images held out, and trials are
+    cheap (MACs times groups below 2e10; where the search ends each group is tried three times, below a third)."""
     kappa: float = Field(default=0.05, gt=0, le=1)
     """Noise floor, as a share of the median energy per number."""
     c1: float = Field(default=4.0, gt=0)
@@ -91,7 +104,7 @@ class GroupSearch:
     rung: int = 0
     prices: dict[str, FloatArray] | None = None
     sensitivity: dict[str, float] | None = None
-    """group -> how much the loss minds; None until it was measured."""
+    """group -> factor of its units' energies; None until it was measured."""
     gates: dict[str, FloatArray] | None = None
     """Gates that the current weights were trained with, to be folded at the next removal."""
 
@@ -138,10 +151,33 @@ class GroupSearch:
             weights = {name: measured.read(Signal.WEIGHT, name) for name in sliced_weights(self.graph)}
             moments = PooledMoments().add(self.graph, measured)
             del measured
-            self.sensitivity = yield from measure_sensitivity(
+            alone = yield from measure_sensitivity(
                 self.graph, weights, moments, _RIDGE, config.refit, config.images, config.sensitivity
             )
+            self.sensitivity = {name: k**_TRUST for name, k in alone.items()}
         return energies, evidence
+
+    def settle(
+        self, task: PruningTask, energies: Energies, evidence: LayerEvidence
+    ) -> Generator[Directive, Observation, Annealed]:
+        """Anneal to the end, again and again, until groups cost the held-out loss the same per saving."""
+        factors, best = yield from settle(
+            self.graph,
+            task.budget,
+            lambda factors: replace(self, sensitivity=dict(factors)).ended(task.budget, energies, evidence),
+            self.sensitivity or {},
+            self.config.refit,
+            sweeps(task, self.config.sensitivity),
+        )
+        self.sensitivity = factors
+        return best
+
+    def ended(self, budget: Budget, energies: Energies, evidence: LayerEvidence, weight: float = 1.0) -> Annealed:
+        """Anneal to the end and harden: the same order, exact counts. The search itself stays where it is."""
+        trial = replace(self)
+        notes, ranks = trial.anneal(budget, energies, evidence, self.config.temperatures, last=True, weight=weight)
+        keep = harden(trial.space, self.choice, budget, ranks)
+        return Annealed(keep, ranks, notes, trial.probabilities, trial.rung)
 
     def _source(self, task: PruningTask) -> Source:
         if not task.has_data:
@@ -163,10 +199,10 @@ class GroupSearch:
         config, found = self.config, energies.at(survival)
         comparable = energies.source == "refitted"
         if comparable:
-            minds = self.sensitivity or {}
+            factors = self.sensitivity or {}
             for name, energy in found.items():
                 cost = 1.0 if costs is None else costs[name]
-                found[name] = minds.get(name, 1.0) ** _TRUST * energy * energies.sizes[name] / cost
+                found[name] = factors.get(name, 1.0) * energy * energies.sizes[name] / cost
         normalise = config.normalise and not comparable
         return coefficients(found, energies.sizes, kappa=config.kappa, c1=config.c1, normalise=normalise)
 

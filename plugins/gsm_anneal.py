@@ -29,9 +29,10 @@ from prunus.core.importance import PluginConfig
 from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 from prunus.core.signals import Signal
+from prunus.plugins.energies import Energies
 from prunus.plugins.expansion import branch_coefficients, branchable, grow_branches, grow_wide
-from prunus.plugins.group_search import AnnealingConfig, GroupSearch
-from prunus.plugins.layers import Choice, Layers, harden, with_layers
+from prunus.plugins.group_search import Annealed, AnnealingConfig, GroupSearch
+from prunus.plugins.layers import Choice, LayerEvidence, Layers, with_layers
 from prunus.plugins.recovery import can_train, changed, evaluated, gentle, recover, removal
 
 WEIGHTS = (1e3, 2.0, 1.4, 1.0, 0.7, 0.5)
@@ -191,39 +192,44 @@ def _round(
 def _decide(
     task: PruningTask, config: GsmAnnealConfig, search: GroupSearch
 ) -> Generator[Directive, Observation, dict[str, IntArray]]:
-    """Collect statistics, anneal to the end, harden: the same order, exact counts.
-
-    How much a layer is worth beside channels is tried: each outcome is refitted, and judged by held-out images.
-    """
+    """Collect statistics, anneal to the end, harden."""
     if search.gates is not None:  # what is tried and refitted is the function that was trained
         search.graph = changed((yield Remove(keep={}, gates=search.gates))).graph
         search.gates = None
-    evidence = yield from search.collect(task)
+    energies, evidence = yield from search.collect(task)
+    if search.sensitivity and not search.choice.names:
+        best = yield from search.settle(task, energies, evidence)
+    else:
+        best = yield from _weighed(task, config, search, energies, evidence)
+    search.probabilities, search.rung = best.probabilities, best.rung
+    yield from best.notes
+    return best.keep
+
+
+def _weighed(
+    task: PruningTask, config: GsmAnnealConfig, search: GroupSearch, energies: Energies, evidence: LayerEvidence
+) -> Generator[Directive, Observation, Annealed]:
+    """How much a layer is worth beside channels is tried: each outcome is refitted, judged by held-out images."""
     weights: tuple[float, ...] = (1.0,) if config.layer_weight is None else (config.layer_weight,)
     if config.layer_weight is None and search.choice.names and task.has_labels:
         weights = WEIGHTS
-    outcomes: dict[object, tuple[float, dict[str, IntArray], list[Note], GroupSearch]] = {}
+    outcomes: dict[object, tuple[float, Annealed]] = {}
     for weight in weights:
-        trial = replace(search)
         try:
-            notes, ranks = trial.anneal(task.budget, *evidence, config.temperatures, last=True, weight=weight)
+            annealed = search.ended(task.budget, energies, evidence, weight)
         except PluginError:
             if weight != weights[-1] or not outcomes:
                 raise
             break
-        keep = harden(trial.space, search.choice, task.budget, ranks)
-        gone = search.choice.gone(keep, search.graph)
+        gone = search.choice.gone(annealed.keep, search.graph)
         if gone in outcomes:
             continue
         loss = 0.0
         if len(weights) > 1:
-            loss = evaluated((yield _trial(config, search, keep))).loss
+            loss = evaluated((yield _trial(config, search, annealed.keep))).loss
             yield Note("layers", {"weight": weight, "blocks": len(gone[0]), "kernels": len(gone[1]), "loss": loss})
-        outcomes[gone] = loss, keep, notes, trial
-    _, keep, notes, trial = min(outcomes.values(), key=lambda outcome: outcome[0])
-    search.probabilities, search.rung = trial.probabilities, trial.rung
-    yield from notes
-    return keep
+        outcomes[gone] = loss, annealed
+    return min(outcomes.values(), key=lambda outcome: outcome[0])[1]
 
 
 def _trial(config: GsmAnnealConfig, search: GroupSearch, keep: Mapping[str, IntArray]) -> Evaluate:

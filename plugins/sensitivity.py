@@ -8,19 +8,26 @@ is tried once alone: most of its units are removed greedily, the network is refi
 
 relative to the median of all groups. Multiplying D by k raised accuracy after pruning, without training,
 by 0.1 / 0.4 points at 50 / 25% of the MACs (benchmarks/results/bayes_reparam.md).
+
+That is asked of the whole network, each group alone. Where the search ends, groups are narrow together, and it
+should not matter any more which of them gives up the next unit. So the widths that the search would choose are
+tried, every group there a little narrower, and what costs more loss per saving than the others weighs more when
+the search decides again (`settle`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-from prunus.core.allocation import Ladder, ladders
-from prunus.core.cost import FloatArray
+from prunus.core.allocation import Ladder, best_units, ladders
+from prunus.core.budget import Budget
+from prunus.core.cost import FloatArray, IntArray
 from prunus.core.directives import Directive, Evaluate, Note, Observation, Refit
+from prunus.core.errors import PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.policy import PruningTask
 from prunus.plugins.discrepancy import Discrepancy
@@ -35,6 +42,30 @@ _KEPT = 0.3
 """Of the tried group: few, since what counts is what happens when it gets narrow."""
 _WIDEST = 4.0
 """k lies within this factor of the median: the loss of one trial is noisy."""
+_NARROWER = 0.25
+"""What a group gives up of its width in a trial where the search ended."""
+_FARTHEST, _STEP = 3.0, 0.3
+"""There, a ratio of losses counts up to this, and to this power: a whole step goes too far and comes back."""
+_SWEEPS = 3
+_JUDGES = 2048
+"""Held-out images that decide between widths, at most."""
+
+
+class Proposal(Protocol):
+    """What a search would choose."""
+
+    @property
+    def keep(self) -> Mapping[str, IntArray]:
+        """group -> kept units."""
+        ...
+
+    @property
+    def ranks(self) -> Mapping[str, FloatArray]:
+        """group -> (units,): who stays first, for every group that can shrink."""
+        ...
+
+
+P = TypeVar("P", bound=Proposal)
 
 
 def tries(task: PruningTask, wanted: Trials) -> bool:
@@ -77,6 +108,73 @@ def measure_sensitivity(
     sensitivity = {name: float(np.clip(k / middle, 1 / _WIDEST, _WIDEST)) for name, k in found.items()}
     yield Note("sensitivity", sensitivity)
     return sensitivity
+
+
+def sweeps(task: PruningTask, wanted: Trials) -> int:
+    """How often `settle` tries all groups: it takes some times as long as one trial of each alone."""
+    costly = task.graph.cost().macs * len(task.graph.prunable) * _SWEEPS > _CHEAP
+    return 0 if wanted == "no" or (wanted == "auto" and costly) else _SWEEPS
+
+
+def settle(
+    graph: ChannelGraph,
+    budget: Budget,
+    propose: Callable[[Mapping[str, float]], P],
+    factors: Mapping[str, float],
+    refit: Refit,
+    sweeps: int,
+) -> Generator[Directive, Observation, tuple[dict[str, float], P]]:
+    """(group -> factor of its units' scores, what `propose` makes of it), of the lowest held-out loss.
+
+    `propose` must be a function of the factors alone. Where all groups end with the same loss per saving, nothing
+    is to be won by an exchange of units between them.
+    """
+    factors = dict(factors)
+    outcomes: list[tuple[float, dict[str, float], P]] = []
+    for sweep in range(sweeps + 1):
+        try:
+            proposal = propose(factors)
+        except PluginError:
+            if not outcomes:
+                raise
+            break  # what was found before stands
+        loss = evaluated((yield _judged(proposal.keep, refit))).loss
+        outcomes.append((loss, dict(factors), proposal))
+        yield Note("widths", {"sweep": sweep, "loss": loss, **{n: len(u) for n, u in proposal.keep.items()}})
+        if sweep < sweeps:
+            slopes = yield from _slopes(graph, budget, proposal, loss, refit)
+            middle = float(np.median(list(slopes.values()))) if slopes else 0.0
+            if middle <= 0:
+                break
+            for name, slope in slopes.items():
+                ratio = float(np.clip(slope / middle, 1 / _FARTHEST, _FARTHEST))
+                factors[name] = factors.get(name, 1.0) * ratio**_STEP
+    _, chosen, proposal = min(outcomes, key=lambda outcome: outcome[0])
+    return chosen, proposal
+
+
+def _slopes(
+    graph: ChannelGraph, budget: Budget, proposal: Proposal, loss: float, refit: Refit
+) -> Generator[Directive, Observation, dict[str, float]]:
+    """group -> rise of the held-out loss per saving, where it gets narrower than proposed."""
+    before = budget.load(graph.cost({name: len(units) for name, units in proposal.keep.items()}))
+    found: dict[str, float] = {}
+    for ladder in ladders(graph):
+        width = len(proposal.keep[ladder.groups[0]])
+        lower = ladder.counts[ladder.counts < width]
+        if not len(lower):
+            continue
+        count = int(lower[np.argmin(np.abs(lower - (1 - _NARROWER) * width))])
+        keep = dict(proposal.keep) | {name: best_units(proposal.ranks[name], count) for name in ladder.groups}
+        saved = before - budget.load(graph.cost({name: len(units) for name, units in keep.items()}))
+        if saved > 0:
+            rise = evaluated((yield _judged(keep, refit))).loss - loss
+            found |= dict.fromkeys(ladder.groups, rise / saved)
+    return found
+
+
+def _judged(keep: Mapping[str, IntArray], refit: Refit) -> Evaluate:
+    return Evaluate(within=keep, refit=refit, images=_JUDGES)
 
 
 def _only(graph: ChannelGraph, ladder: Ladder) -> ChannelGraph:

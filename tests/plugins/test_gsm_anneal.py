@@ -210,8 +210,12 @@ def test_groups_that_the_loss_minds_are_tried_once_and_keep_more() -> None:
     assert rise["h1"] > rise["h2"] + 0.5
 
     _, transcript = run(rounds=2, epochs=4.0, sensitivity="yes")
-    trials = [d for d in transcript.of(Evaluate) if d.within is not None]
-    assert len(trials) == 3  # of h0, h1 and h2, in the first of the rounds alone
+    trained = [isinstance(d, Train) for d in transcript.directives].index(True)
+    trials = [k for k, d in enumerate(transcript.directives) if isinstance(d, Evaluate) and d.within is not None]
+    assert sum(k < trained for k in trials) == 3  # of h0, h1 and h2 alone, in the first of the rounds
+    sweeps = [note for note in transcript.notes if note.kind == "widths"]
+    assert [note.values["sweep"] for note in sweeps] == [0, 1, 2, 3]
+    assert len(trials) <= 3 + 4 + 3 * 3  # at the end every outcome, and every group three times
     _, transcript = run(rounds=2, epochs=4.0, sensitivity="no")
     assert not [d for d in transcript.of(Evaluate) if d.within is not None]
 

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from prunus.core.allocation import global_keep
+from prunus.core.budget import Budget, Target
+from prunus.core.cost import FloatArray, IntArray
 from prunus.core.directives import Evaluate, Evaluated, Note
+from prunus.core.errors import PluginError
+from prunus.core.graph import ChannelGraph
+from prunus.core.policy import PruningTask
 from prunus.core.testing.graphs import mlp_graph
-from prunus.plugins.sensitivity import measure_sensitivity
+from prunus.plugins.sensitivity import measure_sensitivity, settle, sweeps
 
 
 def sensitivities(loss_without: Callable[[str], float], **options: dict[str, object]) -> dict[str, float]:
@@ -60,3 +67,118 @@ def test_few_held_out_images_are_not_believed_unless_asked_for() -> None:
 
 def test_where_no_trial_costs_anything_all_groups_weigh_the_same() -> None:
     assert sensitivities(lambda name: 1.0) == {}
+
+
+WORTH = {"h0": 1.0, "h1": 4.0, "h2": 9.0}
+"""The loss of a network is the sum of these over its widths: most is lost in the narrowest, worthiest group."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    keep: Mapping[str, IntArray]
+    ranks: Mapping[str, FloatArray]
+
+
+class Network:
+    """A search that takes all groups to be worth the same, and a loss that does not."""
+
+    def __init__(self, graph: ChannelGraph, fails_after: int = 100) -> None:
+        self.graph, self.budget = graph, Budget.resolve([Target.parse("params=40%")], graph.cost())
+        self.proposed: list[Mapping[str, IntArray]] = []
+        self.tried: list[Mapping[str, IntArray]] = []
+        self._fails_after = fails_after
+
+    def propose(self, factors: Mapping[str, float]) -> Chosen:
+        if len(self.proposed) == self._fails_after:
+            raise PluginError("search", "it decides", "it does not")
+        ranks = {
+            name: factors.get(name, 1.0) / np.arange(1.0, group.units + 1) ** 2
+            for name, group in self.graph.prunable.items()
+        }
+        self.proposed.append(global_keep(self.graph, self.budget, ranks))
+        return Chosen(self.proposed[-1], ranks)
+
+    @staticmethod
+    def loss(keep: Mapping[str, IntArray]) -> float:
+        return sum(worth / len(keep[name]) for name, worth in WORTH.items())
+
+    def settled(self, times: int) -> tuple[dict[str, float], Chosen]:
+        trials = settle(self.graph, self.budget, self.propose, {}, "sequential", times)
+        directive = next(trials)
+        try:
+            while True:
+                answer = None
+                if isinstance(directive, Evaluate):
+                    assert directive.within is not None
+                    self.graph.check_keep(directive.within)
+                    self.tried.append(directive.within)
+                    answer = Evaluated(self.loss(directive.within), 0.5, 1000)
+                directive = trials.send(answer)
+        except StopIteration as stop:
+            found: tuple[dict[str, float], Chosen] = stop.value
+            return found
+
+
+def test_where_the_search_ends_units_move_to_the_groups_that_the_loss_minds_most() -> None:
+    network = Network(mlp_graph([16, 40, 40, 40, 10]))
+    factors, chosen = network.settled(3)
+    first = network.proposed[0]
+    assert factors["h2"] > factors["h1"] > factors["h0"]
+    assert len(chosen.keep["h2"]) > len(first["h2"])
+    assert len(chosen.keep["h0"]) < len(first["h0"])
+    best = min(  # of all widths that the budget allows
+        network.loss({"h0": range(a), "h1": range(b), "h2": range(c)})
+        for a in range(1, 41)
+        for b in range(1, 41)
+        for c in range(1, 41)
+        if network.budget.met(network.graph.cost({"h0": a, "h1": b, "h2": c}))
+    )
+    gap = network.loss(first) - best
+    assert network.loss(chosen.keep) < best + 0.35 * gap
+
+
+def test_of_all_widths_that_were_proposed_those_of_the_lowest_loss_are_chosen() -> None:
+    network = Network(mlp_graph([16, 40, 40, 40, 10]))
+    _, chosen = network.settled(8)
+    assert len(network.proposed) == 9
+    assert network.loss(chosen.keep) == min(network.loss(keep) for keep in network.proposed)
+
+
+def test_without_a_sweep_the_first_proposal_stands() -> None:
+    network = Network(mlp_graph([16, 40, 40, 40, 10]))
+    factors, chosen = network.settled(0)
+    assert factors == {}
+    assert chosen.keep is network.proposed[0]
+
+
+def test_groups_that_shrink_together_are_tried_and_weighed_together() -> None:
+    tied = mlp_graph([16, 40, 40, 40, 10], h0={"equal_count": "t"}, h2={"equal_count": "t"})
+    network = Network(tied)
+    factors, _ = network.settled(2)
+    assert factors["h0"] == factors["h2"] != factors["h1"]
+
+
+def test_a_group_at_its_floor_is_not_tried_narrower() -> None:
+    network = Network(mlp_graph([16, 40, 40, 40, 10], h1={"min_units": 40}))
+    factors, _ = network.settled(2)
+    assert "h1" not in factors
+    assert all(len(keep["h1"]) == 40 for keep in network.tried)
+
+
+def test_a_search_that_fails_with_other_factors_leaves_what_was_found_before() -> None:
+    network = Network(mlp_graph([16, 40, 40, 40, 10]), fails_after=2)
+    _, chosen = network.settled(3)
+    assert network.loss(chosen.keep) == min(network.loss(keep) for keep in network.proposed)
+    with pytest.raises(PluginError, match="it does not"):
+        Network(mlp_graph([16, 40, 40, 40, 10]), fails_after=0).settled(3)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "width", "times"), [("auto", 40, 3), ("auto", 60000, 0), ("yes", 60000, 3), ("no", 40, 0)]
+)
+def test_groups_are_tried_where_the_search_ends_if_that_is_cheap_or_asked_for(
+    wanted: str, width: int, times: int
+) -> None:
+    graph = mlp_graph([16, width, width, width, 10])
+    task = PruningTask(graph, Budget.resolve([Target.parse("macs=50%")], graph.cost()), np.random.default_rng(0))
+    assert sweeps(task, wanted) == times  # type: ignore[arg-type]
