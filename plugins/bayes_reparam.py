@@ -29,8 +29,8 @@ from prunus.plugins.discrepancy import Discrepancy, sliced_weights
 from prunus.plugins.greedy_removal import Selection, log_scores, select
 from prunus.plugins.pooled_moments import MOMENTS, PooledMoments
 from prunus.plugins.ranking import signals_of
-from prunus.plugins.recovery import RecoveryConfig, can_train, changed, evaluated, recover, removal
-from prunus.plugins.sensitivity import Trials, measure_sensitivity, settle, sweeps, tries
+from prunus.plugins.recovery import can_train, changed, evaluated, recover, removal
+from prunus.plugins.sensitivity import TrialConfig, measure_sensitivity, settle
 from prunus.plugins.unit_belief import Belief, prediction_quality, pruning_probabilities
 
 _HIGHEST_SURVIVAL_TERM = 0.9
@@ -38,7 +38,7 @@ _SHORT = 1.5
 """Up to so many epochs one round is best: recovery between rounds costs more than it brings."""
 
 
-class BayesReparamConfig(RecoveryConfig):
+class BayesReparamConfig(TrialConfig):
     memory: Literal["kalman", "none"] = "kalman"
     """`kalman` carries a belief about every unit through the rounds; `none` looks at the last round only."""
     survival: bool = True
@@ -50,10 +50,6 @@ class BayesReparamConfig(RecoveryConfig):
     """Disjoint parts of the calibration images, whose disagreement is the observation's noise."""
     ridge: float = Field(default=1e-3, gt=0)
     """Of the mean variance, added to every variance."""
-    sensitivity: Trials = "auto"
-    """Weigh each group's discrepancies by what they cost the held-out loss, found by trials of each group alone
-    and at the widths where one round would end; `auto` if there are labels, 500 images held out, and trials are
-    cheap (MACs times groups below 2e10; where the round ends each group is tried three times, below a third)."""
     round_epochs: float = Field(default=0.15, ge=0)
     """At most so much recovery between rounds."""
     round_lr: float = Field(default=0.01, gt=0)
@@ -182,12 +178,10 @@ def _sensitivity(
     task: PruningTask, config: BayesReparamConfig, seen: _Seen
 ) -> Generator[Directive, Observation, dict[str, float]]:
     """group -> factor of its discrepancies, by trials of each group alone and where one round would end."""
-    if not tries(task, config.sensitivity):
+    if not config.tries(task):
         return {}
     graph, budget = task.graph, task.budget
-    alone = yield from measure_sensitivity(
-        graph, seen.weights, seen.moments, config.ridge, config.refit, config.images, config.sensitivity
-    )
+    alone = yield from measure_sensitivity(graph, seen.weights, seen.moments, config.ridge, config)
     if not alone:
         return {}
 
@@ -197,8 +191,7 @@ def _sensitivity(
         _, tau = pruning_probabilities(graph, budget, beliefs)
         return select(graph, budget, judged.discrepancy, beliefs, judged.scores, tau)
 
-    times = sweeps(task, config.sensitivity)
-    factors, _ = yield from settle(graph, budget, propose, alone, config.refit, times)
+    factors, _ = yield from settle(graph, budget, propose, alone, config.refit, config.sweeps_of(task))
     return factors
 
 

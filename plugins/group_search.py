@@ -23,9 +23,8 @@ from prunus.plugins.energies import SIGNALS, Energies, Source
 from prunus.plugins.layers import Choice, LayerEvidence, Layers, harden, with_layers
 from prunus.plugins.pooled_moments import MOMENTS, PooledMoments
 from prunus.plugins.ranking import signals_of
-from prunus.plugins.recovery import RecoveryConfig
 from prunus.plugins.scale_mixture import Coefficients, coefficients
-from prunus.plugins.sensitivity import Trials, measure_sensitivity, settle, sweeps, tries
+from prunus.plugins.sensitivity import TrialConfig, measure_sensitivity, settle
 
 _RIDGE = 1e-3
 """Of the mean variance, in trials."""
@@ -49,18 +48,14 @@ class Annealed:
     rung: int
 
 
-class AnnealingConfig(RecoveryConfig):
+class AnnealingConfig(TrialConfig):
     source: Source | Literal["auto"] = "auto"
     """What a unit's energy is: what its readers lose without it, the others `refitted`; `conditional` on who else
     survives; `weight`; or `gate_fisher`. `auto` is `refitted`, `conditional` where layers may go, and `weight`
-    without data."""
+    without data. Only the first is weighed by `sensitivity`."""
     normalise: bool = True
     """Bring energies to mean 1 inside each group; without it stages collapse. Not those of `refitted`, which are
     shares of what their readers compute: they are divided by what a unit costs."""
-    sensitivity: Trials = "auto"
-    """Weigh the energies of `refitted` by what each group costs the held-out loss, found by trials of each group
-    alone and at the widths where the search ends; `auto` if there are labels, 500 images held out, and trials are
-    cheap (MACs times groups below 2e10; where the search ends each group is tried three times, below a third)."""
     kappa: float = Field(default=0.05, gt=0, le=1)
     """Noise floor, as a share of the median energy per number."""
     c1: float = Field(default=4.0, gt=0)
@@ -137,7 +132,7 @@ class GroupSearch:
         if source == "gate_fisher" and not task.has_labels:
             raise ConfigError("source 'gate_fisher' needs labels; use source=conditional", key="source")
         signals = SIGNALS[source] if task.has_data else frozenset({Signal.WEIGHT})
-        trials = self.sensitivity is None and source == "refitted" and tries(task, config.sensitivity)
+        trials = self.sensitivity is None and source == "refitted" and config.tries(task)
         if trials:
             signals |= MOMENTS
         if self.choice.blocks:
@@ -151,9 +146,7 @@ class GroupSearch:
             weights = {name: measured.read(Signal.WEIGHT, name) for name in sliced_weights(self.graph)}
             moments = PooledMoments().add(self.graph, measured)
             del measured
-            alone = yield from measure_sensitivity(
-                self.graph, weights, moments, _RIDGE, config.refit, config.images, config.sensitivity
-            )
+            alone = yield from measure_sensitivity(self.graph, weights, moments, _RIDGE, config)
             self.sensitivity = {name: k**_TRUST for name, k in alone.items()}
         return energies, evidence
 
@@ -167,7 +160,7 @@ class GroupSearch:
             lambda factors: replace(self, sensitivity=dict(factors)).ended(task.budget, energies, evidence),
             self.sensitivity or {},
             self.config.refit,
-            sweeps(task, self.config.sensitivity),
+            self.config.sweeps_of(task),
         )
         self.sensitivity = factors
         return best

@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
+from pydantic import Field
 
 from prunus.core.allocation import Ladder, best_units, ladders
 from prunus.core.budget import Budget
@@ -31,7 +32,7 @@ from prunus.core.errors import PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.policy import PruningTask
 from prunus.plugins.discrepancy import Discrepancy
-from prunus.plugins.recovery import evaluated
+from prunus.plugins.recovery import RecoveryConfig, evaluated
 
 Trials = Literal["auto", "yes", "no"]
 _CHEAP = 2e10
@@ -68,10 +69,29 @@ class Proposal(Protocol):
 P = TypeVar("P", bound=Proposal)
 
 
-def tries(task: PruningTask, wanted: Trials) -> bool:
-    """Whether groups are tried: there are labels and, with `auto`, MACs times groups are below 2e10."""
-    cheap = task.graph.cost().macs * len(task.graph.prunable) <= _CHEAP
-    return task.has_labels and (wanted == "yes" or (wanted == "auto" and cheap))
+class TrialConfig(RecoveryConfig):
+    """Settings of the trials, shared by the methods that weigh groups by them."""
+
+    sensitivity: Trials = "auto"
+    """Weigh groups by what they cost the held-out loss, found by one trial of each group alone; `auto` if there
+    are labels, 500 images held out, and trials are cheap (MACs times groups below 2e10)."""
+    sweeps: int | None = Field(default=None, ge=0, le=20)
+    """How often every group is tried again, together with the others at the widths where the search would end.
+    None is 3 where that is cheap (a third of the above), or if `sensitivity` is `yes`, and 0 else."""
+
+    def tries(self, task: PruningTask) -> bool:
+        """Whether groups are tried at all."""
+        return task.has_labels and (self.sensitivity == "yes" or (self.sensitivity == "auto" and _cheap(task, 1)))
+
+    def sweeps_of(self, task: PruningTask) -> int:
+        """How often groups are tried where the search ends."""
+        if self.sweeps is not None:
+            return self.sweeps
+        return _SWEEPS if self.sensitivity == "yes" or _cheap(task, _SWEEPS) else 0
+
+
+def _cheap(task: PruningTask, times: int) -> bool:
+    return task.graph.cost().macs * len(task.graph.prunable) * times <= _CHEAP
 
 
 def measure_sensitivity(
@@ -79,16 +99,14 @@ def measure_sensitivity(
     weights: Mapping[str, FloatArray],
     moments: Mapping[str, FloatArray],
     ridge: float,
-    refit: Refit,
-    images: int,
-    trials: Trials = "yes",
+    config: TrialConfig,
 ) -> Generator[Directive, Observation, dict[str, float]]:
     """group -> k, for every group that can shrink; groups that shrink together share theirs.
 
     Empty where no trial cost anything, and with `auto` where fewer than 500 images are held out.
     """
-    whole = evaluated((yield Evaluate(images=images)))
-    if trials == "auto" and whole.samples < _ENOUGH:
+    whole = evaluated((yield Evaluate(images=config.images)))
+    if config.sensitivity == "auto" and whole.samples < _ENOUGH:
         yield Note("sensitivity-skipped", {"images": whole.samples})
         return {}
     before = whole.loss
@@ -99,7 +117,7 @@ def measure_sensitivity(
         alone = _only(graph, ladder)
         count = int(ladder.counts[np.argmin(np.abs(ladder.counts[:-1] - _KEPT * ladder.counts[-1]))])
         keep, lost = _narrowed(ladder, Discrepancy(alone, weights, moments, ridge), count)
-        after = evaluated((yield Evaluate(within=keep, refit=refit, images=images))).loss
+        after = evaluated((yield Evaluate(within=keep, refit=config.refit, images=config.images))).loss
         for name in ladder.groups:
             found[name] = max(after - before, 0.0) / max(lost, 1e-12)
     middle = float(np.median(list(found.values()))) if found else 0.0
@@ -108,12 +126,6 @@ def measure_sensitivity(
     sensitivity = {name: float(np.clip(k / middle, 1 / _WIDEST, _WIDEST)) for name, k in found.items()}
     yield Note("sensitivity", sensitivity)
     return sensitivity
-
-
-def sweeps(task: PruningTask, wanted: Trials) -> int:
-    """How often `settle` tries all groups: it takes some times as long as one trial of each alone."""
-    costly = task.graph.cost().macs * len(task.graph.prunable) * _SWEEPS > _CHEAP
-    return 0 if wanted == "no" or (wanted == "auto" and costly) else _SWEEPS
 
 
 def settle(

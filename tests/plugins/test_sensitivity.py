@@ -14,7 +14,7 @@ from prunus.core.errors import PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.policy import PruningTask
 from prunus.core.testing.graphs import mlp_graph
-from prunus.plugins.sensitivity import measure_sensitivity, settle, sweeps
+from prunus.plugins.sensitivity import TrialConfig, measure_sensitivity, settle
 
 
 def sensitivities(loss_without: Callable[[str], float], **options: dict[str, object]) -> dict[str, float]:
@@ -23,7 +23,7 @@ def sensitivities(loss_without: Callable[[str], float], **options: dict[str, obj
     graph = mlp_graph([4, 10, 10, 10, 3], **options)
     weights = {name: rng.normal(size=shape) for name, shape in graph.tensors.items()}
     moments = {name: np.eye(10) for name in ("fc1.weight", "fc2.weight", "fc3.weight")}
-    trial = measure_sensitivity(graph, weights, moments, 1e-3, "sequential", 64)
+    trial = measure_sensitivity(graph, weights, moments, 1e-3, TrialConfig(sensitivity="yes"))
     directive = next(trial)
     try:
         while True:
@@ -52,13 +52,13 @@ def test_few_held_out_images_are_not_believed_unless_asked_for() -> None:
     graph = mlp_graph([4, 10, 10, 3])
     weights = {name: np.ones(shape) for name, shape in graph.tensors.items()}
     moments = {name: np.eye(10) for name in ("fc1.weight", "fc2.weight")}
-    trial = measure_sensitivity(graph, weights, moments, 1e-3, "sequential", 64, "auto")
+    trial = measure_sensitivity(graph, weights, moments, 1e-3, TrialConfig(images=64))
     assert next(trial) == Evaluate(images=64)
     assert trial.send(Evaluated(1.0, 0.5, 499)) == Note("sensitivity-skipped", {"images": 499})
     with pytest.raises(StopIteration) as stop:
         next(trial)
     assert stop.value.value == {}
-    trial = measure_sensitivity(graph, weights, moments, 1e-3, "sequential", 64, "auto")
+    trial = measure_sensitivity(graph, weights, moments, 1e-3, TrialConfig(images=64))
     next(trial)
     following = trial.send(Evaluated(1.0, 0.5, 500))
     assert isinstance(following, Evaluate)
@@ -174,11 +174,18 @@ def test_a_search_that_fails_with_other_factors_leaves_what_was_found_before() -
 
 
 @pytest.mark.parametrize(
-    ("wanted", "width", "times"), [("auto", 40, 3), ("auto", 60000, 0), ("yes", 60000, 3), ("no", 40, 0)]
+    ("config", "width", "times"),
+    [
+        ({}, 40, 3),
+        ({}, 60000, 0),
+        ({"sensitivity": "yes"}, 60000, 3),
+        ({"sweeps": 5}, 60000, 5),
+        ({"sweeps": 0}, 40, 0),
+    ],
 )
 def test_groups_are_tried_where_the_search_ends_if_that_is_cheap_or_asked_for(
-    wanted: str, width: int, times: int
+    config: dict[str, object], width: int, times: int
 ) -> None:
     graph = mlp_graph([16, width, width, width, 10])
     task = PruningTask(graph, Budget.resolve([Target.parse("macs=50%")], graph.cost()), np.random.default_rng(0))
-    assert sweeps(task, wanted) == times  # type: ignore[arg-type]
+    assert TrialConfig.model_validate(config).sweeps_of(task) == times
