@@ -55,8 +55,8 @@ class Notes:
 
 
 def variants() -> dict[str, tuple[PruningPolicy, ImportanceEstimator | None]]:
-    """Name -> method. Those of `bayes` with sensitivity off and one round choose the same channels; nothing is tried
-    where the search ends, which is measured by the comparison (benchmarks/README.md)."""
+    """Name -> method. Those of `bayes` with sensitivity off and one round choose the same channels; nothing is
+    tried where the search ends, which is measured by the comparison (benchmarks/README.md)."""
 
     def bayes(**config: Any) -> tuple[PruningPolicy, None]:
         return BayesReparam(BayesReparamConfig(sweeps=0, **config)), None
