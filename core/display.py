@@ -116,6 +116,8 @@ def _doing(directive: Directive) -> str:
         return "measure " + ", ".join(sorted(signal.value for signal in directive.signals))
     if isinstance(directive, Remove):
         return "remove and check" if directive.refit == "none" else f"remove, refit ({directive.refit}) and check"
+    if isinstance(directive, Evaluate) and directive.within is not None:
+        return "try a smaller network"
     return type(directive).__name__.lower()
 
 
