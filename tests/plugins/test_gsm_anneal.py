@@ -209,7 +209,7 @@ def test_groups_that_the_loss_minds_are_tried_once_and_keep_more() -> None:
     assert rise["h1"] > rise["h0"] + 0.5
     assert rise["h1"] > rise["h2"] + 0.5
 
-    _, transcript = run(rounds=2, epochs=4.0, sensitivity="yes")
+    _, transcript = run(rounds=2, epochs=4.0, sensitivity="yes", sweeps=3)
     trained = [isinstance(d, Train) for d in transcript.directives].index(True)
     trials = [k for k, d in enumerate(transcript.directives) if isinstance(d, Evaluate) and d.within is not None]
     assert sum(k < trained for k in trials) == 3  # of h0, h1 and h2 alone, in the first of the rounds

@@ -189,3 +189,11 @@ def test_groups_are_tried_where_the_search_ends_if_that_is_cheap_or_asked_for(
     graph = mlp_graph([16, width, width, width, 10])
     task = PruningTask(graph, Budget.resolve([Target.parse("macs=50%")], graph.cost()), np.random.default_rng(0))
     assert TrialConfig.model_validate(config).sweeps_of(task) == times
+
+
+def test_where_training_follows_groups_are_tried_where_the_search_ends_only_if_asked_for() -> None:
+    graph = mlp_graph([16, 40, 40, 40, 10])
+    budget = Budget.resolve([Target.parse("macs=50%")], graph.cost())
+    task = PruningTask(graph, budget, np.random.default_rng(0), epochs=1.5)
+    assert TrialConfig().sweeps_of(task) == TrialConfig(sensitivity="yes").sweeps_of(task) == 0
+    assert TrialConfig(sweeps=2).sweeps_of(task) == 2
