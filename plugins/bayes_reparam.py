@@ -182,8 +182,8 @@ def _sensitivity(
         return {}
     graph, budget = task.graph, task.budget
     alone = yield from measure_sensitivity(graph, seen.weights, seen.moments, config.ridge, config)
-    if not alone:
-        return {}
+    if not alone or config.sweeps_of(task) == 0:
+        return alone
 
     def propose(factors: Mapping[str, float]) -> Selection:
         judged = seen.weighted(graph, budget, config.ridge, factors)

@@ -144,6 +144,8 @@ def settle(
     is to be won by an exchange of units between them.
     """
     factors = dict(factors)
+    if sweeps == 0:
+        return factors, propose(factors)  # there is nothing to compare it with
     outcomes: list[tuple[float, dict[str, float], P]] = []
     for sweep in range(sweeps + 1):
         try:

@@ -104,8 +104,8 @@ class Network:
 
     def settled(self, times: int) -> tuple[dict[str, float], Chosen]:
         trials = settle(self.graph, self.budget, self.propose, {}, "sequential", times)
-        directive = next(trials)
         try:
+            directive = next(trials)
             while True:
                 answer = None
                 if isinstance(directive, Evaluate):
@@ -149,6 +149,7 @@ def test_without_a_sweep_the_first_proposal_stands() -> None:
     factors, chosen = network.settled(0)
     assert factors == {}
     assert chosen.keep is network.proposed[0]
+    assert not network.tried
 
 
 def test_groups_that_shrink_together_are_tried_and_weighed_together() -> None:
