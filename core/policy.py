@@ -37,6 +37,8 @@ class PruningTask:
     """Snapshots the user named by --teacher ("user-0", ...)."""
     dense_accuracy: float | None = None
     """Held-out accuracy of the starting model, 0..1."""
+    held_out: int | None = None
+    """Images of the held-out part that say so; None where nobody looked."""
     classes: int | None = None
 
 

@@ -90,7 +90,7 @@ def program(policy: PruningPolicy, task: PruningTask, preamble: Preamble | None)
         if preamble.evaluate:
             dense = yield Evaluate()
             assert isinstance(dense, Evaluated)
-            task = replace(task, dense_accuracy=dense.accuracy)
+            task = replace(task, dense_accuracy=dense.accuracy, held_out=dense.samples)
         yield Snapshot("dense")
     return (yield from policy.run(task))
 

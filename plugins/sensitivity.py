@@ -77,19 +77,20 @@ class TrialConfig(RecoveryConfig):
     are labels, 500 images held out, and trials are cheap (MACs times groups below 2e10)."""
     sweeps: int | None = Field(default=None, ge=0, le=20)
     """How often every group is tried again, together with the others at the widths where the search would end.
-    None is 3 where that is cheap (a third of the above, or if `sensitivity` is `yes`) and nothing is trained, and
-    0 else: what is best as it stands need not train well (a MobileNetV3 at a tenth of its MACs fell apart)."""
+    None is 3 where that is cheap (a third of the above, or if `sensitivity` is `yes`), and 0 else."""
 
     def tries(self, task: PruningTask) -> bool:
         """Whether groups are tried at all."""
-        return task.has_labels and (self.sensitivity == "yes" or (self.sensitivity == "auto" and _cheap(task, 1)))
+        if not task.has_labels or self.sensitivity == "no":
+            return False
+        return self.sensitivity == "yes" or (_cheap(task, 1) and min(task.held_out or 0, self.images) >= _ENOUGH)
 
     def sweeps_of(self, task: PruningTask) -> int:
         """How often groups are tried where the search ends."""
         if self.sweeps is not None:
             return self.sweeps
         cheap = self.sensitivity == "yes" or _cheap(task, _SWEEPS)
-        return _SWEEPS if cheap and task.epochs == 0 else 0
+        return _SWEEPS if cheap else 0
 
 
 def _cheap(task: PruningTask, times: int) -> bool:
@@ -105,13 +106,9 @@ def measure_sensitivity(
 ) -> Generator[Directive, Observation, dict[str, float]]:
     """group -> k, for every group that can shrink; groups that shrink together share theirs.
 
-    Empty where no trial cost anything, and with `auto` where fewer than 500 images are held out.
+    Empty where no trial cost anything.
     """
-    whole = evaluated((yield Evaluate(images=config.images)))
-    if config.sensitivity == "auto" and whole.samples < _ENOUGH:
-        yield Note("sensitivity-skipped", {"images": whole.samples})
-        return {}
-    before = whole.loss
+    before = evaluated((yield Evaluate(images=config.images))).loss
     found: dict[str, float] = {}
     for ladder in ladders(graph):
         if len(ladder.counts) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,12 @@ class Layer:
     def of_kept_rows(self, weight: Tensor) -> Tensor:
         """(dense groups, outputs of a group, values) -> the same of what is left."""
         return weight.flatten(0, 1)[self._kept_outputs()].unflatten(0, (len(self.kept_slots), -1))
+
+    def norm_of_copies(self) -> float:
+        """The norm of the weights if every removed input were a copy of a kept one, evenly: sqrt(n / k) |W|."""
+        dense = self.dense.weight.detach()
+        rows = dense if self.kept_outputs is None else dense[self.kept_outputs.to(dense.device)]
+        return float(rows.double().norm()) * math.sqrt(dense[0].numel() / self.pruned.weight[0].numel())
 
     def odds_of(self, prior: Tensor) -> Tensor | None:
         """`odds` for rows of weights (groups, outputs, values), the taps of an input alike."""

@@ -2,7 +2,8 @@
 
 Rows of one image resemble each other, so a fold holds whole images. With few images the strength decides
 (EfficientNet-Lite0, 192 photographs: a weak ridge fits the classifier to them exactly and to nothing else);
-with many, a weak ridge is best, and the search for it ends at once.
+with many, a weak ridge is best, and the search for it ends at once. Few inputs that say nearly the same are
+told apart by large weights, which predict well and cannot be trained: those have a limit.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
+from math import inf
 
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from prunus.adapters.pytorch.regression import RIDGE, ridge, ridge_from_rows
 
 SHARES = (RIDGE, 1e-2, 1e-1, 1.0)
 """Ridges to choose from, as shares of the mean diagonal."""
+STRONGER = tuple(10 ** (k / 4) for k in range(1, 25))
+"""Factors of the ridge, rising, where weights would grow beyond their limit."""
 BEARABLE = 1e-3
 """The survival term may cost so much of what a layer's outputs explain of those that are wanted. At 1e-2 a
 MobileNetV3 that goes to 10% of its MACs in three rounds ends 17 points lower, without any bound at chance."""
@@ -35,15 +39,17 @@ class RegressionData(ABC):
     target_mean: Tensor
     """(slots, m)"""
 
-    def fit(self, prior: Tensor, odds: Tensor | None, share: float | None) -> Tensor:
+    def fit(self, prior: Tensor, odds: Tensor | None, share: float | None, largest: float = inf) -> Tensor:
         """`ridge` on all rows, towards `prior` (slots, m, n), with `share` or, if None, the one of `SHARES`
-        that predicts held-out images best. `prior` itself where it fits already and `odds` are None.
+        that predicts held-out images best, made stronger until the weights' norm is at most `largest`.
+        `prior` itself where it fits already and `odds` are None.
 
         `odds` act as strongly as the layer can bear while all its inputs are still there: `STRENGTHS`, `BEARABLE`.
         """
         if odds is None and self.explained_by(prior):
             return prior
-        share = self.best_share(prior) if share is None else share
+        if share is None:
+            share = self.bounded_share(prior, self.best_share(prior), largest)
         free = self.solve(prior, None, share)
         if odds is None:
             return free
@@ -62,6 +68,17 @@ class RegressionData(ABC):
                 break
             best, least = share, error
         return best
+
+    def bounded_share(self, prior: Tensor, share: float, largest: float) -> float:
+        """`share`, or the weakest of its `STRONGER` ones whose weights have at most the norm `largest`."""
+
+        def bounded(factor: float) -> bool:
+            return float(self.solve(prior, None, factor * share).norm()) <= largest
+
+        # the stronger the ridge, the closer to the prior: the first that is enough is found by halving
+        if largest == inf or bounded(1.0):
+            return share
+        return share * STRONGER[min(bisect_left(STRONGER, True, key=bounded), len(STRONGER) - 1)]
 
     @abstractmethod
     def explained_by(self, prior: Tensor) -> bool:

@@ -141,6 +141,7 @@ class SimulatedAdapter:
         has_labels: bool = True,
     ) -> PruningTask:
         """A task on this model."""
+        dense = self.evaluate(Evaluate(model="dense")) if has_data and has_labels else None
         return PruningTask(
             graph=self._original,
             budget=Budget.resolve([Target.parse(t) for t in targets], self._original.cost()),
@@ -149,7 +150,8 @@ class SimulatedAdapter:
             epochs=epochs,
             has_data=has_data,
             has_labels=has_labels,
-            dense_accuracy=self.evaluate(Evaluate(model="dense")).accuracy if has_data and has_labels else None,
+            dense_accuracy=dense.accuracy if dense else None,
+            held_out=dense.samples if dense else None,
             classes=len(np.unique(self._data["train"].y)),
         )
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import pytest
 from prunus.core.allocation import global_keep
 from prunus.core.budget import Budget, Target
 from prunus.core.cost import FloatArray, IntArray
-from prunus.core.directives import Evaluate, Evaluated, Note
+from prunus.core.directives import Evaluate, Evaluated
 from prunus.core.errors import PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.policy import PruningTask
@@ -48,21 +48,16 @@ def test_groups_that_shrink_together_are_tried_together() -> None:
     assert found["h0"] == found["h1"] != found["h2"]
 
 
-def test_few_held_out_images_are_not_believed_unless_asked_for() -> None:
+@pytest.mark.parametrize("held_out", [None, 499, 500])
+def test_few_held_out_images_are_not_believed_unless_asked_for(held_out: int | None) -> None:
     graph = mlp_graph([4, 10, 10, 3])
-    weights = {name: np.ones(shape) for name, shape in graph.tensors.items()}
-    moments = {name: np.eye(10) for name in ("fc1.weight", "fc2.weight")}
-    trial = measure_sensitivity(graph, weights, moments, 1e-3, TrialConfig(images=64))
-    assert next(trial) == Evaluate(images=64)
-    assert trial.send(Evaluated(1.0, 0.5, 499)) == Note("sensitivity-skipped", {"images": 499})
-    with pytest.raises(StopIteration) as stop:
-        next(trial)
-    assert stop.value.value == {}
-    trial = measure_sensitivity(graph, weights, moments, 1e-3, TrialConfig(images=64))
-    next(trial)
-    following = trial.send(Evaluated(1.0, 0.5, 500))
-    assert isinstance(following, Evaluate)
-    assert following.within
+    budget = Budget.resolve([Target.parse("macs=50%")], graph.cost())
+    task = PruningTask(graph, budget, np.random.default_rng(0), held_out=held_out)
+    assert TrialConfig(sensitivity="yes").tries(task)
+    assert not TrialConfig(sensitivity="no").tries(task)
+    assert TrialConfig().tries(task) == (held_out == 500)
+    assert not TrialConfig(images=499).tries(task)
+    assert not TrialConfig(sensitivity="yes").tries(replace(task, has_labels=False))
 
 
 def test_where_no_trial_costs_anything_all_groups_weigh_the_same() -> None:
@@ -190,11 +185,3 @@ def test_groups_are_tried_where_the_search_ends_if_that_is_cheap_or_asked_for(
     graph = mlp_graph([16, width, width, width, 10])
     task = PruningTask(graph, Budget.resolve([Target.parse("macs=50%")], graph.cost()), np.random.default_rng(0))
     assert TrialConfig.model_validate(config).sweeps_of(task) == times
-
-
-def test_where_training_follows_groups_are_tried_where_the_search_ends_only_if_asked_for() -> None:
-    graph = mlp_graph([16, 40, 40, 40, 10])
-    budget = Budget.resolve([Target.parse("macs=50%")], graph.cost())
-    task = PruningTask(graph, budget, np.random.default_rng(0), epochs=1.5)
-    assert TrialConfig().sweeps_of(task) == TrialConfig(sensitivity="yes").sweeps_of(task) == 0
-    assert TrialConfig(sweeps=2).sweeps_of(task) == 2

@@ -153,6 +153,26 @@ def test_channels_that_are_combinations_of_kept_ones_are_recovered_exactly(batch
             torch.testing.assert_close(model(inside), dense(inside), rtol=1e-4, atol=1e-4)
 
 
+def test_weights_do_not_grow_to_tell_apart_what_is_nearly_the_same(batches: list[Tensor]) -> None:
+    """The removed channel is ten times the difference of the kept ones: it is given up rather than amplified."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)).double().eval()
+    with torch.no_grad():
+        dense[0].weight[1] = dense[0].weight[0] + 0.1 * dense[0].weight[2]
+    slices = (piece("0.weight", 0, "writes", 3), piece("0.bias", 0, "scales", 3), piece("1.weight", 1, "reads", 3))
+    shapes = {name: tuple(t.shape) for name, t in dense.state_dict().items()}
+    graph = ChannelGraph([ChannelGroup("0.weight", 3, slices)], [], shapes)
+    keep = {"0.weight": [0, 1]}
+    grown = {}
+    for share in (refit_module.RIDGE, None):
+        model = copy.deepcopy(dense)
+        remove(model, graph, keep)
+        refit(model, dense, graph, graph.kept_indices(keep), batches, "sequential", share=share)
+        grown[share] = float((model[1].weight.norm() / dense[1].weight.norm()).detach()) / (3 / 2) ** 0.5
+    assert grown[refit_module.RIDGE] > 1.5 * refit_module.GROWTH
+    assert 1 < grown[None] <= refit_module.GROWTH
+
+
 class Stream(nn.Module):
     """A residual stream with two writers and three readers: convolutions of two sizes, and the head."""
 

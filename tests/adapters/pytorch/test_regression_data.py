@@ -97,6 +97,20 @@ def test_many_rows_leave_the_weakest_ridge() -> None:
     assert as_moments(x, y, torch.arange(4000) % 2).best_share(weights * 0) == SHARES[0]
 
 
+def test_weights_beyond_their_limit_get_the_weakest_ridge_that_brings_them_below() -> None:
+    x, y, weights = rows(400, noise=0.1)
+    data = as_moments(x, y, torch.arange(400) % 2)
+    prior = 0.1 * weights
+    free = data.fit(prior, None, None)
+    assert torch.equal(free, data.fit(prior, None, None, 1.01 * float(free.norm())))
+    for part in (0.95, 0.5, 0.2):
+        largest = part * float(free.norm())
+        share = data.bounded_share(prior, RIDGE, largest)
+        found = data.fit(prior, None, None, largest)
+        assert torch.equal(found, data.solve(prior, None, share))
+        assert float(found.norm()) <= largest < float(data.solve(prior, None, share / 10**0.25).norm())
+
+
 def test_without_a_second_fold_there_is_nothing_to_judge_by() -> None:
     x, y, weights = rows(10)
     same = torch.zeros(10, dtype=torch.int64)
