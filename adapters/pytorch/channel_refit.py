@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.patches import weight_rows
 from prunus.adapters.pytorch.refit_layers import Layer
-from prunus.adapters.pytorch.regression import ridge
+from prunus.adapters.pytorch.regression import GROWTH, RIDGE, bounded_share, ridge
 from prunus.core.errors import TrainingError
 
 BUDGET = 1 << 30
@@ -26,9 +26,16 @@ WIDEST = 6000
 
 
 def refit_by_channels(
-    dense: nn.Module, layers: list[Layer], images: Tensor, mode: Literal["bias", "least-squares"], share: float
+    dense: nn.Module,
+    layers: list[Layer],
+    images: Tensor,
+    mode: Literal["bias", "least-squares"],
+    share: float | None,
 ) -> list[str]:
-    """Refits every layer that lost inputs, in place; returns their names."""
+    """Refits every layer that lost inputs, in place; returns their names.
+
+    `share` of the mean diagonal is the strength of the ridge; None is `RIDGE`, or what keeps weights in bounds.
+    """
     concerned = [layer for layer in layers if layer.kept_inputs is not None]
     changed = []
     for chunk in _chunks(concerned, mode):
@@ -86,7 +93,7 @@ def _observer(layer: Layer, moments: Moments) -> Callable[[nn.Module, tuple[Tens
     return observe
 
 
-def _compensate(layer: Layer, moments: Moments, share: float) -> None:
+def _compensate(layer: Layer, moments: Moments, share: float | None) -> None:
     """W_K += W_R A at every tap, and the constant W_R (mu_R - A mu_K)."""
     assert layer.kept_inputs is not None
     slots = layer.kept_slots
@@ -103,9 +110,18 @@ def _compensate(layer: Layer, moments: Moments, share: float) -> None:
         among, between = second[:, kept][:, :, kept], second[:, gone][:, :, kept]
         odds = None if layer.odds is None else layer.odds.expand(len(slots), -1)
         nothing = torch.zeros(len(slots), len(gone), len(kept), dtype=torch.float64)
+
+        def moved(onto_kept: Tensor) -> Tensor:
+            both = torch.einsum("sogt,sgk->sokt", removed, onto_kept)
+            return layer.pruned.weight + both.reshape(layer.pruned.weight.shape).to(layer.pruned.weight)
+
+        if share is None:
+            largest = GROWTH * layer.norm_of_copies()
+            share = bounded_share(
+                lambda s: float(moved(ridge(among, between, nothing, odds, s)).norm()), RIDGE, largest
+            )
         onto_kept = ridge(among, between, nothing, odds, share)  # A: (slots, gone, kept)
-        moved = torch.einsum("sogt,sgk->sokt", removed, onto_kept)
-        layer.pruned.weight.data.add_(moved.reshape(layer.pruned.weight.shape).to(layer.pruned.weight))
+        layer.pruned.weight.data.copy_(moved(onto_kept))
         rest = mean[:, gone] - (onto_kept @ mean[:, kept].unsqueeze(2)).squeeze(2)
     else:
         rest = mean[:, gone]

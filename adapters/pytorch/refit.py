@@ -20,7 +20,7 @@ from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.patches import Sample, outputs, rows, sample, weight_rows
 from prunus.adapters.pytorch.progress import Progress
 from prunus.adapters.pytorch.refit_layers import Layer, find_layers
-from prunus.adapters.pytorch.regression import RIDGE
+from prunus.adapters.pytorch.regression import GROWTH
 from prunus.adapters.pytorch.regression_data import UNCHANGED, MomentData, RegressionData, RowData
 from prunus.adapters.pytorch.signals import Batch, images_of, measuring
 from prunus.core.cost import FloatArray, IntArray
@@ -40,10 +40,6 @@ MEMORY = 5 << 29
 holds, ResNet-50 stays below 6 GiB (benchmarks/results/memory.md)."""
 TARGET_MEMORY = 5 << 28
 """Bytes for the dense model's sampled outputs; fewer positions are used where they do not fit."""
-GROWTH = 2.0
-"""A layer's weights may have so many times the norm that they had if every removed input were a copy of a kept
-one. A MobileNetV3 at a tenth of its MACs, whose classifier grew from 10 to 225 (the limit is 90), was 0.6 points
-better as it stood, and fell from 78% to 56% in 1.5 epochs; with the limit it rose to 81%."""
 FOLDS = 2
 """Parts of the images, each of which judges what is fitted to the others."""
 
@@ -84,7 +80,7 @@ def refit(
     `graph` and `kept_indices` (axis -> indices that stay) are those of the dense model. `survival`:
     group -> (units of `graph`,), the probability that a unit goes next. The weights that `pruned` has are
     what the ridge pulls towards; its strength is `share` of the mean diagonal, or, if None, the one that
-    predicts held-out images best and keeps weights trainable (`sequential`, `GROWTH`). Where nothing was
+    predicts held-out images best (`sequential`) and keeps weights trainable (`GROWTH`). Where nothing was
     removed, or nothing has to be compensated, nothing changes, bit for bit. Layers that run more than once in
     a forward pass, and those that do more with their weight than multiply, are left; `Refitted.skipped` names
     them. `progress` is told after every layer of a `sequential` refit, and may raise to stop.
@@ -99,7 +95,7 @@ def refit(
         if mode == "sequential":
             changed = _sequential(pruned, dense, layers, images, share, progress)
         else:
-            changed = refit_by_channels(dense, layers, images, mode, RIDGE if share is None else share)
+            changed = refit_by_channels(dense, layers, images, mode, share)
     return Refitted(changed, skipped, len(images))
 
 

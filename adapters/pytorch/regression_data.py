@@ -16,12 +16,10 @@ from math import inf
 from torch import Tensor
 
 from prunus.adapters.pytorch.covariance import Moments
-from prunus.adapters.pytorch.regression import RIDGE, ridge, ridge_from_rows
+from prunus.adapters.pytorch.regression import RIDGE, bounded_share, ridge, ridge_from_rows
 
 SHARES = (RIDGE, 1e-2, 1e-1, 1.0)
 """Ridges to choose from, as shares of the mean diagonal."""
-STRONGER = tuple(10 ** (k / 4) for k in range(1, 25))
-"""Factors of the ridge, rising, where weights would grow beyond their limit."""
 BEARABLE = 1e-3
 """The survival term may cost so much of what a layer's outputs explain of those that are wanted. At 1e-2 a
 MobileNetV3 that goes to 10% of its MACs in three rounds ends 17 points lower, without any bound at chance."""
@@ -49,7 +47,9 @@ class RegressionData(ABC):
         if odds is None and self.explained_by(prior):
             return prior
         if share is None:
-            share = self.bounded_share(prior, self.best_share(prior), largest)
+            share = bounded_share(
+                lambda s: float(self.solve(prior, None, s).norm()), self.best_share(prior), largest
+            )
         free = self.solve(prior, None, share)
         if odds is None:
             return free
@@ -68,17 +68,6 @@ class RegressionData(ABC):
                 break
             best, least = share, error
         return best
-
-    def bounded_share(self, prior: Tensor, share: float, largest: float) -> float:
-        """`share`, or the weakest of its `STRONGER` ones whose weights have at most the norm `largest`."""
-
-        def bounded(factor: float) -> bool:
-            return float(self.solve(prior, None, factor * share).norm()) <= largest
-
-        # the stronger the ridge, the closer to the prior: the first that is enough is found by halving
-        if largest == inf or bounded(1.0):
-            return share
-        return share * STRONGER[min(bisect_left(STRONGER, True, key=bounded), len(STRONGER) - 1)]
 
     @abstractmethod
     def explained_by(self, prior: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunus.adapters.pytorch import refit as refit_module
 from prunus.adapters.pytorch.refit import Refitted, refit
+from prunus.adapters.pytorch.regression import GROWTH, RIDGE
 from prunus.adapters.pytorch.surgery import remove
 from prunus.core.errors import TrainingError
 from prunus.core.graph import ChannelGraph, ChannelGroup, Role, Slice
@@ -163,14 +164,15 @@ def test_weights_do_not_grow_to_tell_apart_what_is_nearly_the_same(batches: list
     shapes = {name: tuple(t.shape) for name, t in dense.state_dict().items()}
     graph = ChannelGraph([ChannelGroup("0.weight", 3, slices)], [], shapes)
     keep = {"0.weight": [0, 1]}
-    grown = {}
-    for share in (refit_module.RIDGE, None):
-        model = copy.deepcopy(dense)
-        remove(model, graph, keep)
-        refit(model, dense, graph, graph.kept_indices(keep), batches, "sequential", share=share)
-        grown[share] = float((model[1].weight.norm() / dense[1].weight.norm()).detach()) / (3 / 2) ** 0.5
-    assert grown[refit_module.RIDGE] > 1.5 * refit_module.GROWTH
-    assert 1 < grown[None] <= refit_module.GROWTH
+    for mode in MODES[1:]:
+        grown = {}
+        for share in (RIDGE, None):
+            model = copy.deepcopy(dense)
+            remove(model, graph, keep)
+            refit(model, dense, graph, graph.kept_indices(keep), batches, mode, share=share)
+            grown[share] = float((model[1].weight.norm() / dense[1].weight.norm()).detach()) / (3 / 2) ** 0.5
+        assert grown[RIDGE] > 1.5 * GROWTH
+        assert 1 < grown[None] <= GROWTH
 
 
 class Stream(nn.Module):

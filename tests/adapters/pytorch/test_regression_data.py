@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prunus.adapters.pytorch.covariance import Moments
-from prunus.adapters.pytorch.regression import RIDGE, ridge_from_rows
+from prunus.adapters.pytorch.regression import RIDGE, bounded_share, ridge_from_rows
 from prunus.adapters.pytorch.regression_data import (
     BEARABLE,
     SHARES,
@@ -105,8 +105,8 @@ def test_weights_beyond_their_limit_get_the_weakest_ridge_that_brings_them_below
     assert torch.equal(free, data.fit(prior, None, None, 1.01 * float(free.norm())))
     for part in (0.95, 0.5, 0.2):
         largest = part * float(free.norm())
-        share = data.bounded_share(prior, RIDGE, largest)
         found = data.fit(prior, None, None, largest)
+        share = bounded_share(lambda s: float(data.solve(prior, None, s).norm()), RIDGE, largest)
         assert torch.equal(found, data.solve(prior, None, share))
         assert float(found.norm()) <= largest < float(data.solve(prior, None, share / 10**0.25).norm())
 
