@@ -74,6 +74,8 @@ class AdapterSettings:
     min_share: float = 0.05
     multiple_of: int = 1
     verify: bool = True
+    trains: bool = True
+    """Removals are followed by training, which refitted weights must bear (`refit`)."""
 
 
 class PyTorchAdapter:
@@ -374,8 +376,8 @@ class PyTorchAdapter:
             self._target = Remembered(copy.deepcopy(self.model), self.plan, self.forward_macs)
         dense, since = self.shrinking.since(self._target.plan, plan)
         batches = self._split("calibration").part(images)
-        kept, model = dense.kept_indices(since), self._target.model
-        done = refit(small, model, dense, kept, batches, mode, survival, progress=self._stepped)
+        kept, model, trains = dense.kept_indices(since), self._target.model, self.settings.trains
+        done = refit(small, model, dense, kept, batches, mode, survival, trains=trains, progress=self._stepped)
         if done.skipped and small is self.model:
             self._notice(done.left_out)
 

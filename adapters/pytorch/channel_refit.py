@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.patches import weight_rows
 from prunus.adapters.pytorch.refit_layers import Layer
-from prunus.adapters.pytorch.regression import GROWTH, RIDGE, bounded_share, ridge
+from prunus.adapters.pytorch.regression import RIDGE, bounded_share, ridge
 from prunus.core.errors import TrainingError
 
 BUDGET = 1 << 30
@@ -31,17 +31,18 @@ def refit_by_channels(
     images: Tensor,
     mode: Literal["bias", "least-squares"],
     share: float | None,
+    growth: float,
 ) -> list[str]:
     """Refits every layer that lost inputs, in place; returns their names.
 
-    `share` of the mean diagonal is the strength of the ridge; None is `RIDGE`, or what keeps weights in bounds.
+    `share` of the mean diagonal is the strength of the ridge; None is `RIDGE`, or what keeps to `growth`.
     """
     concerned = [layer for layer in layers if layer.kept_inputs is not None]
     changed = []
     for chunk in _chunks(concerned, mode):
         for layer, moments in _collect(dense, chunk, images, mode):
             try:
-                _compensate(layer, moments, share)
+                _compensate(layer, moments, share, growth)
             except FloatingPointError as error:
                 raise TrainingError(f"what reaches {layer.name} is not finite: check data and weights") from error
             changed.append(layer.name)
@@ -93,7 +94,7 @@ def _observer(layer: Layer, moments: Moments) -> Callable[[nn.Module, tuple[Tens
     return observe
 
 
-def _compensate(layer: Layer, moments: Moments, share: float | None) -> None:
+def _compensate(layer: Layer, moments: Moments, share: float | None, growth: float) -> None:
     """W_K += W_R A at every tap, and the constant W_R (mu_R - A mu_K)."""
     assert layer.kept_inputs is not None
     slots = layer.kept_slots
@@ -116,7 +117,7 @@ def _compensate(layer: Layer, moments: Moments, share: float | None) -> None:
             return layer.pruned.weight + both.reshape(layer.pruned.weight.shape).to(layer.pruned.weight)
 
         if share is None:
-            largest = GROWTH * layer.norm_of_copies()
+            largest = growth * layer.norm_of_copies()
             share = bounded_share(
                 lambda s: float(moved(ridge(among, between, nothing, odds, s)).norm()), RIDGE, largest
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def refit(
     survival: Mapping[str, FloatArray] | None = None,
     *,
     share: float | None = None,
+    trains: bool = True,
     progress: Callable[[Progress], None] | None = None,
 ) -> Refitted:
     """Refits `pruned`, in place, to the function of `dense`; module names must agree, blocks may be missing.
@@ -80,7 +82,8 @@ def refit(
     `graph` and `kept_indices` (axis -> indices that stay) are those of the dense model. `survival`:
     group -> (units of `graph`,), the probability that a unit goes next. The weights that `pruned` has are
     what the ridge pulls towards; its strength is `share` of the mean diagonal, or, if None, the one that
-    predicts held-out images best (`sequential`) and keeps weights trainable (`GROWTH`). Where nothing was
+    predicts held-out images best (`sequential`) and, if the model `trains` afterwards, keeps the norm of a
+    layer's weights within `GROWTH`: larger ones predict better and fall apart in training. Where nothing was
     removed, or nothing has to be compensated, nothing changes, bit for bit. Layers that run more than once in
     a forward pass, and those that do more with their weight than multiply, are left; `Refitted.skipped` names
     them. `progress` is told after every layer of a `sequential` refit, and may raise to stop.
@@ -89,13 +92,13 @@ def refit(
     smaller = _size(pruned) < _size(dense)
     if mode == "none" or not (smaller or survival):
         return Refitted()
-    images = _images(pruned, dense, batches)
+    images, growth = _images(pruned, dense, batches), GROWTH if trains else inf
     with measuring(pruned, dense):
         layers, skipped = find_layers(pruned, dense, graph, kept_indices, survival or {}, images[:2])
         if mode == "sequential":
-            changed = _sequential(pruned, dense, layers, images, share, progress)
+            changed = _sequential(pruned, dense, layers, images, share, growth, progress)
         else:
-            changed = refit_by_channels(dense, layers, images, mode, share)
+            changed = refit_by_channels(dense, layers, images, mode, share, growth)
     return Refitted(changed, skipped, len(images))
 
 
@@ -145,6 +148,7 @@ def _sequential(
     layers: list[Layer],
     images: Tensor,
     share: float | None,
+    growth: float,
     progress: Callable[[Progress], None] | None,
 ) -> list[str]:
     targets = _dense_outputs(dense, layers, images)
@@ -154,7 +158,7 @@ def _sequential(
     def before(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             where, wanted = targets.pop(layer.name)
-            if _regress(layer, args[0], where, wanted, share):
+            if _regress(layer, args[0], where, wanted, share, growth):
                 changed.append(layer.name)
             if progress is not None:
                 progress(Progress("refit", total - len(targets), total))
@@ -195,14 +199,16 @@ def _dense_outputs(dense: nn.Module, layers: list[Layer], images: Tensor) -> dic
     return targets
 
 
-def _regress(layer: Layer, input: Tensor, where: Sample, wanted: Tensor, share: float | None) -> bool:
+def _regress(
+    layer: Layer, input: Tensor, where: Sample, wanted: Tensor, share: float | None, growth: float
+) -> bool:
     """Regresses `wanted` on what reaches the layer; False if its weights give that already."""
     prior = weight_rows(layer.pruned, layer.pruned.weight).to("cpu", torch.float64)
     targets = wanted.reshape(len(wanted), *prior.shape[:2])
     gather = _rows if prior.shape[2] > min(len(where), WIDEST) else _moments
     data = gather(layer, input, where, targets)
     try:
-        weights = data.fit(prior, layer.odds_of(prior), share, GROWTH * layer.norm_of_copies())
+        weights = data.fit(prior, layer.odds_of(prior), share, growth * layer.norm_of_copies())
     except FloatingPointError as error:
         raise TrainingError(f"what reaches {layer.name} is not finite: check data and weights") from error
     constant = data.target_mean - (weights @ data.mean.unsqueeze(2)).squeeze(2)

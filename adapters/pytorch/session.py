@@ -105,7 +105,14 @@ class PyTorchSession:
             schedule=Schedule(settings.sched, settings.decay_epochs, settings.decay_rate),
         )
         training.check_optimizer()
-        return AdapterSettings(training, settings.seed, settings.min_share, settings.multiple_of, settings.verify)
+        return AdapterSettings(
+            training,
+            settings.seed,
+            settings.min_share,
+            settings.multiple_of,
+            settings.verify,
+            trains=bool(settings.epochs),
+        )
 
     def _remember_teacher(self, index: int, name: str) -> str:
         """A finished run's folder, or `MODEL=CHECKPOINT`, or a model whose published weights are used."""

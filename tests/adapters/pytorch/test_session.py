@@ -50,6 +50,12 @@ def test_a_plan_can_name_no_other_model_than_the_one_its_user_named() -> None:
         session.adapter.origin.build(ModelSource(name="python:os:getcwd"))
 
 
+@pytest.mark.parametrize("epochs", [None, 0.0, 1.5])
+def test_refits_know_whether_training_follows(epochs: float | None) -> None:
+    given = {} if epochs is None else {"epochs": epochs}
+    assert open_session(RunSettings(**SMALL, **given)).adapter.settings.trains == (epochs != 0)
+
+
 def test_a_device_that_is_not_there_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match="device 'cuda:7' cannot be used"):
         open_session(RunSettings(model="prunus/resnet8", data="none", device="cuda:7"))
