@@ -122,7 +122,7 @@ def prune(
     lr: Annotated[float | None, _option("--lr", help="Peak learning rate.", panel=_TRAINING)] = None,
     recovery_lr: Annotated[
         float | None,
-        _option("--recovery-lr", help="After removals [--lr, or a third of its default].", panel=_TRAINING),
+        _option("--recovery-lr", help="After removals [by what was lost and how long].", panel=_TRAINING),
     ] = None,
     opt: Annotated[
         str | None, _option("--opt", help="sgd, adamw, or any of timm.optim: lamb... [sgd].", panel=_RECIPE)

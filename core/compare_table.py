@@ -76,9 +76,18 @@ def _described(results: Results) -> list[str]:
         "included, in units of the dense training's MACs; *time* is the cell's processor time, the dense training "
         "left out."
     )
-    dense = {record.seed: record.dense.accuracy for record in results.records if record.dense is not None}
-    values = " ".join(_percent(dense[seed]) for seed in sorted(dense))
+    networks = {(r.seed, r.dense.accuracy, r.dense.holdout) for r in results.records if r.dense is not None}
+    of_seed: dict[int, list[str]] = {}
+    for seed, accuracy, _ in sorted(networks):
+        of_seed.setdefault(seed, []).append(_percent(accuracy))
+    values = " ".join("/".join(figures) for figures in of_seed.values())
     lines = [text, "", f"Dense accuracy: {values or 'not trained yet'}."]
+    if len(networks) > len(of_seed):
+        several = "on processors of several kinds, which round differently"
+        lines += [
+            f"Seeds with several figures were trained {several}: their cells start from several networks. Margins "
+            "compare cells of one network, or of methods that train from scratch."
+        ]
     sources = {record.versions.get(SOURCE, "unknown") for record in results.records if record.outcome is not None}
     if len(sources) > 1:
         lines += ["", f"These cells come from {len(sources)} states of the source; --rerun makes them one."]
@@ -150,26 +159,41 @@ class Margin:
 
 
 def _margin(results: Results, target: str, epochs: float, teaching: Teaching) -> Margin | None:
-    chosen = [_chosen(results, side, target, epochs, teaching) for side in ("method", "rival")]
-    if not all(chosen):
+    ours, theirs = (
+        [
+            results.of(entry.name, target, epochs, teaching)
+            for entry in results.protocol.entries
+            if entry.side == side
+        ]
+        for side in ("method", "rival")
+    )
+    method = _best_held_out(ours)
+    mine = {record.seed: record for record in method}
+    rival = _best_held_out([[r for r in group if r.seed in mine and _alike(r, mine[r.seed])] for group in theirs])
+    if not rival:
         return None
-    ours, theirs = ({record.seed: _accuracy(record) for record in records} for records in chosen)
-    seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
-        return None
-    return Margin(chosen[0][0].entry, chosen[1][0].entry, tuple(ours[s] - theirs[s] for s in seeds))
+    return Margin(
+        method[0].entry,
+        rival[0].entry,
+        tuple(_accuracy(mine[record.seed]) - _accuracy(record) for record in rival),
+    )
 
 
-def _chosen(results: Results, side: str, target: str, epochs: float, teaching: Teaching) -> list[CellRecord]:
-    """The records of the entry of that side whose held-out accuracy is best, among those with the most seeds."""
-    groups = [
-        results.of(entry.name, target, epochs, teaching)
-        for entry in results.protocol.entries
-        if entry.side == side
-    ]
+def _best_held_out(groups: Sequence[list[CellRecord]]) -> list[CellRecord]:
+    """The records of the entry whose held-out accuracy is best, among those with the most seeds."""
     most = max(map(len, groups), default=0)
     complete = [group for group in groups if group and len(group) == most]
     return max(complete, key=lambda group: fmean(r.outcome.holdout for r in group if r.outcome), default=[])
+
+
+def _alike(one: CellRecord, other: CellRecord) -> bool:
+    """Whether two cells of a seed can be compared: they start from the same dense network, or one from none."""
+    starts = [
+        (record.dense.accuracy, record.dense.holdout)
+        for record in (one, other)
+        if record.dense is not None and record.outcome is not None and record.outcome.uses_dense
+    ]
+    return len(set(starts)) <= 1
 
 
 def as_json(results: Results) -> str:

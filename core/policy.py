@@ -29,7 +29,9 @@ class PruningTask:
     epochs: float = 0.0
     """Training budget of the method, in epochs of the train split of the *original* model."""
     recovery_lr: float | None = None
-    """Peak learning rate for a model that was trained before; None: as any training."""
+    """Peak learning rate after removals that the user asked for; None: the method finds one."""
+    recovery_base_lr: float | None = None
+    """What the method finds it from: the peak of a usual recovery; None: that of any training."""
     has_data: bool = True
     """False with --data none: only Signal.WEIGHT can be measured, nothing is trained or evaluated."""
     has_labels: bool = True

@@ -279,6 +279,7 @@ def make_task(settings: RunSettings, method: Method, session: Session, whole: Co
         estimator=method.estimator,
         epochs=(settings.epochs or 0.0) if session.has_data else 0.0,
         recovery_lr=settings.recovery_lr,
+        recovery_base_lr=settings.recovery_base_lr,
         has_data=session.has_data,
         has_labels=session.has_labels,
         teachers=session.teachers,

@@ -57,7 +57,9 @@ class RunSettings(BaseModel):
     lr: Annotated[float, Field(gt=0, le=100)] | None = None
     """Peak learning rate."""
     recovery_lr: Annotated[float, Field(gt=0, le=100)] | None = None
-    """Peak learning rate after removals; none: `lr` if that is given, else a third of its default."""
+    """Peak learning rate after removals; none: found from `recovery_base_lr` and the loss and length of each."""
+    recovery_base_lr: Annotated[float, Field(gt=0, le=100)] | None = None
+    """The peak of a usual recovery; none: `lr` if that is given, else a third of its default."""
     opt: Text = "sgd"
     """Optimizer: sgd (nesterov), adamw, or another name that timm knows: lamb, nadamw, lion, ..."""
     sched: Literal["cosine", "tanh", "poly", "step"] | None = None

@@ -27,6 +27,11 @@ from prunus.core.policy import PruningTask
 
 SHORT = 3.0
 """Recovery below this many epochs leans more on the teacher."""
+USUAL_EPOCHS, USUAL_LOSS = 6.0, 0.03
+"""A recovery at the usual rate is so long, and so much of the dense model's accuracy was lost before it."""
+_LEAST_LOSS = 0.005
+"""What is lost is known to some tenths of a percent: less than this counts as this."""
+_GENTLEST, _BOLDEST = 0.4, 1.5
 
 
 class RecoveryConfig(PluginConfig):
@@ -71,9 +76,10 @@ def gentle(
 ) -> Train:
     """A training between removals: a high rate would undo what the refit kept (methods, section 0).
 
-    Without `lr` it is the tail of a recovery's cycle, whatever the optimizer and its rate are.
+    Without `lr` it is the tail of a usual recovery's cycle, whatever the optimizer and its rate are.
     """
-    start, peak = (TAIL, task.recovery_lr) if lr is None else (0.0, lr)
+    usual = task.recovery_base_lr if task.recovery_lr is None else task.recovery_lr
+    start, peak = (TAIL, usual) if lr is None else (0.0, lr)
     return Train(epochs=epochs, lr=peak, start=start, gates=gates, decay=decay, label=label)
 
 
@@ -85,27 +91,50 @@ def recover(task: PruningTask, config: RecoveryConfig, epochs: float) -> Generat
     """Train the pruned model for `epochs`, with the dense model as teacher where that helps."""
     if not can_train(task, epochs):
         return
-    distil = yield from distillation(task, config, epochs)
-    yield Train(epochs=epochs, lr=task.recovery_lr, distil=distil, label="recover")
-
-
-def distillation(
-    task: PruningTask, config: RecoveryConfig, epochs: float
-) -> Generator[Directive, Observation, Distillation | None]:
-    """The teachers of a recovery of `epochs`, or None if the start is not good enough to be taught."""
-    if config.distil == "never":
-        return None
-    weight = config.distil_weight if config.distil_weight is not None else (0.7 if epochs < SHORT else 0.5)
-    taught = Distillation(teachers=("dense", *task.teachers), weight=weight)
+    lr, distil, base = task.recovery_lr, None, task.recovery_base_lr
+    asks = lr is None and base is not None
+    if asks or config.distil == "auto":
+        start, dense = yield from _standing(task)
+        if asks and base is not None:
+            lr = base * rate_factor(1 - start / max(dense, 1e-9), epochs)
+            yield Note("recovery", {"start": start, "dense": dense, "lr": lr})
+        if config.distil == "auto":
+            good = start >= config.good_start * dense
+            distil = _teaching(task, config, epochs) if good else None
+            weight = _weight(config, epochs)
+            yield Note("distillation", {"start": start, "dense": dense, "used": int(good), "weight": weight})
     if config.distil == "always":
-        return taught
+        distil = _teaching(task, config, epochs)
+    yield Train(epochs=epochs, lr=lr, distil=distil, label="recover")
+
+
+def rate_factor(lost: float, epochs: float) -> float:
+    """The peak learning rate of a recovery over the usual one: (lost / 3%)^(1/4) (epochs / 6)^(1/3), in 0.4..1.5.
+
+    `lost`: share of the dense model's held-out accuracy. Where little was lost, a high rate loses more than it
+    finds in a short time; where much was, or time is long, a low one stays near a bad start. Fitted to the best
+    rates at 50, 25 and 10% of the MACs and 1.5, 6 and 20 epochs (benchmarks/README.md).
+    """
+    factor = (max(lost, _LEAST_LOSS) / USUAL_LOSS) ** (1 / 4) * (epochs / USUAL_EPOCHS) ** (1 / 3)
+    return min(max(factor, _GENTLEST), _BOLDEST)
+
+
+def _standing(task: PruningTask) -> Generator[Directive, Observation, tuple[float, float]]:
+    """Held-out accuracy of the model as it is, and of the dense one."""
     dense = task.dense_accuracy
     if dense is None:
         dense = evaluated((yield Evaluate(model="dense"))).accuracy
-    start = evaluated((yield Evaluate())).accuracy
-    good = start >= config.good_start * dense
-    yield Note("distillation", {"start": start, "dense": dense, "used": int(good), "weight": weight})
-    return taught if good else None
+    return evaluated((yield Evaluate())).accuracy, dense
+
+
+def _teaching(task: PruningTask, config: RecoveryConfig, epochs: float) -> Distillation:
+    return Distillation(teachers=("dense", *task.teachers), weight=_weight(config, epochs))
+
+
+def _weight(config: RecoveryConfig, epochs: float) -> float:
+    if config.distil_weight is not None:
+        return config.distil_weight
+    return 0.7 if epochs < SHORT else 0.5
 
 
 def changed(observation: Observation) -> Changed:

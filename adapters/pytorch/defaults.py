@@ -55,7 +55,7 @@ def filled(settings: RunSettings) -> RunSettings:
         "dense_epochs": recipe.dense_epochs if trains else 0.0,
         "batch_size": recipe.batch_size,
         "lr": lr,
-        "recovery_lr": settings.lr if settings.lr is not None else lr * _GENTLER,
+        "recovery_base_lr": settings.lr if settings.lr is not None else lr * _GENTLER,
         "weight_decay": 5e-4 if sgd else 0.05,
     }
     update = {name: value for name, value in chosen.items() if getattr(settings, name) is None}

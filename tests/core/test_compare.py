@@ -231,6 +231,29 @@ def test_a_table_of_several_states_of_the_source_says_so() -> None:
     assert "states of the source" not in markdown(whole)
 
 
+def test_margins_compare_cells_that_start_from_the_same_dense_network() -> None:
+    def trained(uses_dense: bool, elsewhere: bool) -> Results:
+        """Rivals that start from the dense network or not; ours of seed 1 from that of another machine, or not."""
+        changed = []
+        for r in results().records:
+            if r.entry == "theirs" and r.outcome is not None:
+                r = r.model_copy(update={"outcome": r.outcome.model_copy(update={"uses_dense": uses_dense})})
+            if elsewhere and r.entry == "ours" and r.seed == 1 and r.dense is not None:
+                r = r.model_copy(update={"dense": r.dense.model_copy(update={"accuracy": 0.91})})
+            changed.append(r)
+        return Results(results().protocol, tuple(changed), "")
+
+    def seeds(of: Results) -> int:
+        (margin,) = [m for m in json.loads(as_json(of))["margins"] if m["target"] == "macs=50%"]
+        return len(margin["differences"])
+
+    assert seeds(trained(uses_dense=True, elsewhere=False)) == 2
+    assert seeds(trained(uses_dense=True, elsewhere=True)) == 1
+    assert seeds(trained(uses_dense=False, elsewhere=True)) == 2
+    assert "Seeds with several figures" in markdown(trained(uses_dense=True, elsewhere=True))
+    assert "Seeds with several figures" not in markdown(results())
+
+
 def test_the_best_of_few_seeds_is_not_the_winner() -> None:
     """A single lucky seed is neither bold nor the best rival."""
     whole = results()

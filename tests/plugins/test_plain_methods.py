@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prunus.core.directives import Evaluate, Measure, Note, Remove, Train
 from prunus.core.errors import ConfigError, PluginError, UnreachableTargetError
@@ -19,7 +21,7 @@ from prunus.plugins.iterative import Iterative, IterativeConfig
 from prunus.plugins.magnitude import Magnitude
 from prunus.plugins.one_shot import OneShot, OneShotConfig
 from prunus.plugins.random_scores import RandomScores
-from prunus.plugins.recovery import TAIL
+from prunus.plugins.recovery import TAIL, rate_factor
 from prunus.plugins.taylor import Taylor
 
 ALL = (Magnitude, Taylor, BnScale, Fpgm, RandomScores)
@@ -95,6 +97,33 @@ def test_what_a_removal_left_is_trained_at_the_rate_of_recoveries() -> None:
     assert [t.start for t in trained] == [TAIL] * (len(trained) - 1) + [0.0]  # gentle between the rounds
     (recovery,) = drive(OneShot(), task, SimulatedAdapter(WIDTHS)).of(Train)
     assert (recovery.lr, recovery.start) == (0.07, 0.0)
+
+
+def test_without_a_rate_a_recovery_finds_its_own_from_what_was_lost_and_how_long_it_lasts() -> None:
+    adapter = SimulatedAdapter(WIDTHS)
+    task = adapter.task("macs=50%", epochs=1.5, estimator=Magnitude())
+    task = dataclasses.replace(task, recovery_base_lr=0.05)
+    transcript = drive(OneShot(), task, adapter)
+    (recovery,) = transcript.of(Train)
+    (found,) = [note.values for note in transcript.of(Note) if note.kind == "recovery"]
+    assert recovery.lr == found["lr"] == 0.05 * rate_factor(1 - found["start"] / found["dense"], 1.5)
+    between = [t for t in drive(Iterative(), task, SimulatedAdapter(WIDTHS)).of(Train) if t.start == TAIL]
+    assert between and {t.lr for t in between} == {0.05}  # the tail of a usual cycle
+
+
+def test_the_usual_recovery_has_the_usual_rate_and_four_times_its_length_and_ten_times_its_loss_raise_it() -> None:
+    assert rate_factor(0.03, 6) == 1
+    assert rate_factor(0.03, 6 / 8) == pytest.approx(1 / 2)
+    assert rate_factor(0.03 / 4, 6) == pytest.approx(0.5**0.5)
+    assert rate_factor(-0.01, 6) == rate_factor(0.005, 6)  # a refitted model may seem better than it was
+    assert (rate_factor(0, 0.1), rate_factor(0.9, 100)) == (0.4, 1.5)
+
+
+@given(lost=st.floats(-1, 1), more=st.floats(0, 1), epochs=st.floats(0.01, 300), longer=st.floats(1, 10))
+def test_the_rate_of_a_recovery_never_falls_with_the_loss_or_the_length(
+    lost: float, more: float, epochs: float, longer: float
+) -> None:
+    assert 0.4 <= rate_factor(lost, epochs) <= rate_factor(lost + more, longer * epochs) <= 1.5
 
 
 def test_budgets_of_the_rounds_fall_geometrically() -> None:

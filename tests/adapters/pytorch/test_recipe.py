@@ -241,7 +241,7 @@ def test_mixed_labels_suit_a_model_with_more_answers_than_the_data_has_classes(t
     [
         ({}, (0.15, 0.05)),  # fashion-mnist's own, and a third of it
         ({"lr": 0.02}, (0.02, 0.02)),  # the user's word holds for everything
-        ({"recovery_lr": 0.01}, (0.15, 0.01)),
+        ({"recovery_base_lr": 0.01}, (0.15, 0.01)),
         ({"opt": "adamw"}, (1e-3, 1e-3 / 3)),
     ],
 )
@@ -249,5 +249,6 @@ def test_a_pruned_model_is_trained_more_gently_than_one_from_scratch(
     given: dict[str, Any], expected: tuple[float, float]
 ) -> None:
     settings = filled(make_settings({"data": "fashion-mnist", **given}))
-    assert (settings.lr, settings.recovery_lr) == pytest.approx(expected)
+    assert (settings.lr, settings.recovery_base_lr) == pytest.approx(expected)
+    assert settings.recovery_lr is None  # found for every recovery from what was lost
     assert filled(settings) == settings  # so that a run begun again from its run.toml is the same
