@@ -117,7 +117,7 @@ def _compensate(layer: Layer, moments: Moments, share: float | None, growth: flo
             return layer.pruned.weight + both.reshape(layer.pruned.weight.shape).to(layer.pruned.weight)
 
         if share is None:
-            largest = growth * layer.norm_of_copies()
+            largest = layer.largest_norm(growth)
             share = bounded_share(
                 lambda s: float(moved(ridge(among, between, nothing, odds, s)).norm()), RIDGE, largest
             )

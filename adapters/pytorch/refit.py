@@ -208,7 +208,7 @@ def _regress(
     gather = _rows if prior.shape[2] > min(len(where), WIDEST) else _moments
     data = gather(layer, input, where, targets)
     try:
-        weights = data.fit(prior, layer.odds_of(prior), share, growth * layer.norm_of_copies())
+        weights = data.fit(prior, layer.odds_of(prior), share, layer.largest_norm(growth))
     except FloatingPointError as error:
         raise TrainingError(f"what reaches {layer.name} is not finite: check data and weights") from error
     constant = data.target_mean - (weights @ data.mean.unsqueeze(2)).squeeze(2)

@@ -68,11 +68,14 @@ class Layer:
         """(dense groups, outputs of a group, values) -> the same of what is left."""
         return weight.flatten(0, 1)[self._kept_outputs()].unflatten(0, (len(self.kept_slots), -1))
 
-    def norm_of_copies(self) -> float:
-        """The norm of the weights if every removed input were a copy of a kept one, evenly: sqrt(n / k) |W|."""
+    def largest_norm(self, growth: float) -> float:
+        """`growth` times the norm that the weights had if every removed input were a copy of a kept one, evenly:
+        sqrt(n / k) |W|. Infinity means no limit, of a layer whose weights are all 0, too."""
+        if growth == math.inf:
+            return growth
         dense = self.dense.weight.detach()
         rows = dense if self.kept_outputs is None else dense[self.kept_outputs.to(dense.device)]
-        return float(rows.double().norm()) * math.sqrt(dense[0].numel() / self.pruned.weight[0].numel())
+        return growth * float(rows.double().norm()) * math.sqrt(dense[0].numel() / self.pruned.weight[0].numel())
 
     def odds_of(self, prior: Tensor) -> Tensor | None:
         """`odds` for rows of weights (groups, outputs, values), the taps of an input alike."""

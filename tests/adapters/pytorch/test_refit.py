@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunus.adapters.pytorch import refit as refit_module
 from prunus.adapters.pytorch.refit import Refitted, refit
+from prunus.adapters.pytorch.refit_layers import Layer
 from prunus.adapters.pytorch.regression import GROWTH, RIDGE
 from prunus.adapters.pytorch.surgery import remove
 from prunus.core.errors import TrainingError
@@ -176,6 +177,13 @@ def test_weights_that_are_trained_next_do_not_grow_to_tell_apart_what_is_nearly_
 
     assert 1 < grown() <= GROWTH
     assert grown(trains=False) == grown(share=RIDGE) > 1.5 * GROWTH
+
+
+def test_without_a_limit_weights_of_zero_have_none_either() -> None:
+    dense = nn.Linear(3, 2, bias=False)
+    nn.init.zeros_(dense.weight)
+    layer = Layer("", nn.Linear(2, 2, bias=False), dense, None, None, None)
+    assert (layer.largest_norm(torch.inf), layer.largest_norm(2.0)) == (torch.inf, 0.0)
 
 
 class Stream(nn.Module):
