@@ -109,13 +109,13 @@ def recover(task: PruningTask, config: RecoveryConfig, epochs: float) -> Generat
 
 
 def rate_factor(lost: float, epochs: float) -> float:
-    """The peak learning rate of a recovery over the usual one: (lost / 3%)^(1/4) (epochs / 6)^(1/3), in 0.4..1.5.
+    """The peak learning rate of a recovery over the usual one: (lost / 3% * epochs / 6)^(1/3), in 0.4..1.5.
 
     `lost`: share of the dense model's held-out accuracy. Where little was lost, a high rate loses more than it
     finds in a short time; where much was, or time is long, a low one stays near a bad start. Fitted to the best
-    rates at 50, 25 and 10% of the MACs and 1.5, 6 and 20 epochs (benchmarks/README.md).
+    rates at 50, 25 and 10% of the MACs and 1.5, 6 and 20 epochs (benchmarks/results/recovery_rate.md).
     """
-    factor = (max(lost, _LEAST_LOSS) / USUAL_LOSS) ** (1 / 4) * (epochs / USUAL_EPOCHS) ** (1 / 3)
+    factor = (max(lost, _LEAST_LOSS) / USUAL_LOSS * epochs / USUAL_EPOCHS) ** (1 / 3)
     return min(max(factor, _GENTLEST), _BOLDEST)
 
 

@@ -111,10 +111,10 @@ def test_without_a_rate_a_recovery_finds_its_own_from_what_was_lost_and_how_long
     assert between and {t.lr for t in between} == {0.05}  # the tail of a usual cycle
 
 
-def test_the_usual_recovery_has_the_usual_rate_and_four_times_its_length_and_ten_times_its_loss_raise_it() -> None:
+def test_the_usual_recovery_has_the_usual_rate_and_its_length_and_its_loss_raise_it_alike() -> None:
     assert rate_factor(0.03, 6) == 1
-    assert rate_factor(0.03, 6 / 8) == pytest.approx(1 / 2)
-    assert rate_factor(0.03 / 4, 6) == pytest.approx(0.5**0.5)
+    assert rate_factor(0.03, 6 / 8) == rate_factor(0.03 / 4, 3) == pytest.approx(1 / 2)
+    assert rate_factor(0.03 / 8, 6 * 4) == rate_factor(0.005, 24) == pytest.approx((4 / 6) ** (1 / 3))
     assert rate_factor(-0.01, 6) == rate_factor(0.005, 6)  # a refitted model may seem better than it was
     assert (rate_factor(0, 0.1), rate_factor(0.9, 100)) == (0.4, 1.5)
 
