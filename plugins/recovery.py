@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from typing import Literal
 
@@ -115,7 +116,7 @@ def rate_factor(lost: float, epochs: float) -> float:
     finds in a short time; where much was, or time is long, a low one stays near a bad start. Fitted to the best
     rates at 50, 25 and 10% of the MACs and 1.5, 6 and 20 epochs (benchmarks/results/recovery_rate.md).
     """
-    factor = (max(lost, _LEAST_LOSS) / USUAL_LOSS * epochs / USUAL_EPOCHS) ** (1 / 3)
+    factor = math.pow(max(lost, _LEAST_LOSS) / USUAL_LOSS * epochs / USUAL_EPOCHS, 1 / 3)
     return min(max(factor, _GENTLEST), _BOLDEST)
 
 
