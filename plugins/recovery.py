@@ -92,11 +92,11 @@ def recover(task: PruningTask, config: RecoveryConfig, epochs: float) -> Generat
     """Train the pruned model for `epochs`, with the dense model as teacher where that helps."""
     if not can_train(task, epochs):
         return
-    lr, distil, base = task.recovery_lr, None, task.recovery_base_lr
-    asks = lr is None and base is not None
-    if asks or config.distil == "auto":
+    lr, distil = task.recovery_lr, None
+    base = task.recovery_base_lr if lr is None else None
+    if base is not None or config.distil == "auto":
         start, dense = yield from _standing(task)
-        if asks and base is not None:
+        if base is not None:
             lr = base * rate_factor(1 - start / max(dense, 1e-9), epochs)
             yield Note("recovery", {"start": start, "dense": dense, "lr": lr})
         if config.distil == "auto":
