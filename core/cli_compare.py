@@ -22,7 +22,7 @@ def compare(
     protocol: Annotated[Path, typer.Argument(help="The protocol, a TOML file.", show_default=False)],
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Folder of the results [runs/compare-NAME].", show_default=False),
+        typer.Option("--output", help="Folder of the results \\[runs/compare-NAME].", show_default=False),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=256, help="Cells that run at the same time.")] = 1,
     only: Annotated[

@@ -27,7 +27,7 @@ def export(
     ] = "onnx",
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="File or folder to write [RUN/model.onnx, RUN/hub...].", show_default=False),
+        typer.Option("--output", help="File or folder \\[RUN/model.onnx, RUN/hub...].", show_default=False),
     ] = None,
     push: Annotated[
         str | None,

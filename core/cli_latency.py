@@ -18,7 +18,7 @@ def latency(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     batch: Annotated[int, typer.Option("--batch", min=1, max=65_536, help="Images per forward pass.")] = 1,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, max=4096, help="Threads [the run's].", show_default=False)
+        int | None, typer.Option("--threads", min=1, max=4096, help="Threads \\[the run's].", show_default=False)
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, max=100_000, help="Samples of each model.")] = 30,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",

@@ -104,7 +104,7 @@ def new(
     ],
     kind: Annotated[str, typer.Option("--kind", help="What it offers: importance or plugin.")] = "importance",
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder [prunus-NAME].", show_default=False)
+        Path | None, typer.Option("--output", help="Folder \\[prunus-NAME].", show_default=False)
     ] = None,
 ) -> None:
     """Write a package of your own, ready to install: a class, its entry point, a test that runs the kit."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from prunus.core.streams import stdout_for_json
 
@@ -21,7 +22,8 @@ _RECIPE = "Training recipe (timm's names)"
 
 
 def _option(*names: str, help: str, panel: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
+    # what stands in brackets is a default, not markup
+    return typer.Option(*names, help=escape(help), rich_help_panel=panel, show_default=False)
 
 
 def prune(

@@ -410,3 +410,22 @@ def test_a_method_that_refuses_leaves_the_run_that_was_to_be_overwritten(
     assert done.code == 2
     assert "joint-search trains from scratch and needs epochs" in done.err
     assert (tmp_path / "runs" / "a" / "plan.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["prune"], ["[gsm-anneal]", "[off]", "[the method's cosine]", "[digits]", "[0.05]", "[runs/...]"]),
+        (["compare"], ["[runs/compare-NAME]"]),
+        (["export"], ["[RUN/model.onnx, RUN/hub...]"]),
+        (["latency"], ["[the run's]"]),
+        (["plugins", "new"], ["[prunus-NAME]"]),
+    ],
+)
+def test_help_shows_the_defaults_in_brackets(
+    command: list[str], shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run([*command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert [text for text in shown if text not in out] == []
