@@ -83,10 +83,10 @@ def _described(results: Results) -> list[str]:
     values = " ".join("/".join(figures) for figures in of_seed.values())
     lines = [text, "", f"Dense accuracy: {values or 'not trained yet'}."]
     if len(networks) > len(of_seed):
-        several = "on processors of several kinds, which round differently"
         lines += [
-            f"Seeds with several figures were trained {several}: their cells start from several networks. Margins "
-            "compare cells of one network, or of methods that train from scratch."
+            "Seeds with several figures were trained on processors of several kinds, which round differently: "
+            "their cells start from several networks. Margins compare cells of one network, or of methods that "
+            "train from scratch."
         ]
     sources = {record.versions.get(SOURCE, "unknown") for record in results.records if record.outcome is not None}
     if len(sources) > 1:

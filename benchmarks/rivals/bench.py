@@ -83,13 +83,14 @@ class Bench:
         """Accuracy on the held-out part."""
         return evaluate(model, self.data.holdout, self.training.device).accuracy
 
-    def answer(self, attempts: Sequence[Attempt], *, uses_dense: bool, by: str = "") -> Outcome:
+    def answer(self, attempts: Sequence[Attempt], *, uses_dense: bool, tried: int = 1, by: str = "") -> Outcome:
         """The best attempt on held-out images, tested. What the other attempts cost is not charged.
 
-        `by` is the package, with its version, that did the work.
+        `tried` counts combinations of settings, those that were given up early included; `by` is the package,
+        with its version, that did the work.
         """
         best = max(attempts, key=lambda attempt: attempt.holdout)
-        tried = f"best of {len(attempts)} on the held-out part: " if len(attempts) > 1 else ""
+        said = f"best of {tried} on the held-out part: " if tried > 1 else ""
         return Outcome(
             accuracy=evaluate(best.model, self.data.test, self.training.device).accuracy,
             holdout=best.holdout,
@@ -97,5 +98,5 @@ class Bench:
             params=sum(parameter.numel() for parameter in best.model.parameters()),
             training_macs=best.training_macs,
             uses_dense=uses_dense,
-            notes=(tried + best.settings, *([by] if by else [])),
+            notes=(said + best.settings, *([by] if by else [])),
         )

@@ -15,14 +15,16 @@ Defects that would handicap it, and what is done about them:
   are only listed: it is prepared here, and they are put back.
 * Batch-norm statistics are always estimated again, and the learning rate is the best of several.
 
-Everything is tried for every combination of listed settings, and the held-out part chooses.
+Every combination of the listed settings is tried, and the held-out part chooses. Where the budget is long and
+there are more than two, recoveries of `screen` epochs choose the two that are carried out in full.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal
 
@@ -51,44 +53,78 @@ class DepGraphConfig(BaseModel):
     """Peak learning rates of the recovery."""
     sparse_shares: tuple[float, ...] = Field(default=(0.0,), min_length=1)
     """Share of the recovery epochs that is spent on sparse learning before the removal; 0.5 in the paper."""
+    screen: float = Field(default=6.0, gt=0)
+    """Epochs of the recoveries that choose `FINALISTS` combinations, where the budget is longer than that."""
+
+
+FINALISTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One combination of the listed settings; without a recovery there is no rate and nobody is taught."""
+
+    share: float
+    floor: float
+    lr: float | None = None
+    taught: bool = False
+
+    def __str__(self) -> str:
+        rate = "" if self.lr is None else f"lr {self.lr:g}, "
+        taught = ", taught" if self.taught else ""
+        return f"{rate}{self.share:g} of the epochs sparse, floor {self.floor:g}{taught}"
 
 
 def prune(job: RivalJob) -> Outcome:
     """Prune the dense model to the target's MACs and recover for the job's epochs."""
     config = DepGraphConfig.model_validate(dict(job.config))
     bench = Bench(job)
-    attempts = [attempt for start in _starts(bench, config) for attempt in _recoveries(bench, config, *start)]
-    return bench.answer(attempts, uses_dense=True, by=f"torch-pruning {version('torch-pruning')}")
+    epochs = job.settings.epochs or 0.0
+    choices = _choices(config, bench.teaching, epochs)
+    tried = len(choices)
+    if epochs > config.screen and tried > FINALISTS:
+        screened = [
+            (attempt.holdout, choice) for choice, attempt in _carried_out(bench, config, choices, config.screen)
+        ]
+        choices = [choice for _, choice in sorted(screened, key=lambda pair: -pair[0])[:FINALISTS]]
+    attempts = [attempt for _, attempt in _carried_out(bench, config, choices, epochs)]
+    return bench.answer(attempts, uses_dense=True, tried=tried, by=f"torch-pruning {version('torch-pruning')}")
 
 
-def _starts(bench: Bench, config: DepGraphConfig) -> Iterator[tuple[nn.Module, float, float, float, str]]:
-    """(pruned model, its MACs, training MACs so far, epochs left, settings) of each way to prune."""
-    epochs = bench.job.settings.epochs or 0.0
-    shares = config.sparse_shares if epochs else (0.0,)
-    for share, floor in itertools.product(shares, config.floors):
-        model, classes = copy.deepcopy(bench.model), bench.data.classes
-        pruner = make_pruner(model, bench.example, config, classes)
-        spent = 0.0
-        if share:
-            learning = SparseLearning(pruner, epochs * share, bench.data.train.steps)
-            spent = learning.run(bench, model)
-        macs = prune_to(bench, model, pruner, floor)
-        bench.recalibrate(model)
-        said = f"{share:g} of the epochs sparse, floor {floor:g}"
-        yield model, macs, spent, epochs * (1 - share), said
-
-
-def _recoveries(
-    bench: Bench, config: DepGraphConfig, model: nn.Module, macs: float, spent: float, epochs: float, said: str
-) -> Iterator[Attempt]:
+def _choices(config: DepGraphConfig, teaching: Sequence[bool], epochs: float) -> list[Choice]:
     if not epochs:
-        yield Attempt(model, macs, spent, bench.judge(model), said)
-        return
-    for lr, taught in itertools.product(config.lrs, bench.teaching):
-        trained = copy.deepcopy(model)
-        recovery = bench.train(trained, Train(epochs=epochs, lr=lr, label="recover"), macs, taught=taught)
-        label = f"lr {lr:g}, {said}{', taught' if taught else ''}"
-        yield Attempt(trained, macs, spent + recovery, bench.judge(trained), label)
+        return [Choice(0.0, floor) for floor in config.floors]
+    return [
+        Choice(*values) for values in itertools.product(config.sparse_shares, config.floors, config.lrs, teaching)
+    ]
+
+
+def _carried_out(
+    bench: Bench, config: DepGraphConfig, choices: Sequence[Choice], epochs: float
+) -> Iterator[tuple[Choice, Attempt]]:
+    """Each choice with what it comes to in `epochs`; what differs in the recovery alone is pruned once."""
+    ordered = sorted(choices, key=lambda choice: (choice.share, choice.floor))
+    for (share, floor), alike in itertools.groupby(ordered, key=lambda choice: (choice.share, choice.floor)):
+        pruned, macs, spent = _pruned(bench, config, epochs * share, floor)
+        for choice in alike:
+            model = copy.deepcopy(pruned)
+            recovery = 0.0
+            if choice.lr is not None:
+                train = Train(epochs=epochs * (1 - share), lr=choice.lr, label="recover")
+                recovery = bench.train(model, train, macs, taught=choice.taught)
+            yield choice, Attempt(model, macs, spent + recovery, bench.judge(model), str(choice))
+
+
+def _pruned(bench: Bench, config: DepGraphConfig, sparse: float, floor: float) -> tuple[nn.Module, float, float]:
+    """The pruned model, its MACs, and the training MACs of `sparse` epochs of sparse learning before."""
+    model = copy.deepcopy(bench.model)
+    pruner = make_pruner(model, bench.example, config, bench.data.classes)
+    spent = 0.0
+    if sparse:
+        spent = SparseLearning(pruner, sparse, bench.data.train.steps).run(bench, model)
+    macs = prune_to(bench, model, pruner, floor)
+    bench.recalibrate(model)
+    return model, macs, spent
 
 
 STEPS = {"taylor": 50, "obdc": 50}

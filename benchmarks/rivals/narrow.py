@@ -43,7 +43,7 @@ def train_narrow(job: RivalJob) -> Outcome:
         model = copy.deepcopy(bench.model)
         spent = bench.train(model, Train(epochs=epochs, lr=lr, label="narrow"), macs)
         attempts.append(Attempt(model, macs, spent, bench.judge(model), f"lr {lr:g}, {epochs:.4g} epochs"))
-    return bench.answer(attempts, uses_dense=False)
+    return bench.answer(attempts, uses_dense=False, tried=len(attempts))
 
 
 def _narrow(bench: Bench) -> float:

@@ -97,6 +97,15 @@ def test_the_best_attempt_is_chosen_on_held_out_images() -> None:
     assert outcome.notes[0].startswith("best of 4 on the held-out part: lr ")
 
 
+def test_a_long_budget_carries_out_the_two_best_of_short_recoveries() -> None:
+    """A hopeless rate is given up after the short recoveries; what wins is trained for the whole budget."""
+    depgraph = module("depgraph")
+    whole = depgraph.prune(job(0.5, epochs=1.5, lrs=(0.05, 0.1), screen=1.0))
+    outcome = depgraph.prune(job(0.5, epochs=1.5, lrs=(0.05, 1e-6, 0.1), screen=1.0))
+    assert outcome.notes[0].startswith("best of 3 on the held-out part: lr 0.")
+    assert (outcome.accuracy, outcome.training_macs) == (whole.accuracy, whole.training_macs)
+
+
 @pytest.mark.parametrize(("budget", "epochs"), [("epochs", 0.6), ("macs", 1.2)])
 def test_a_narrow_network_trains_for_equal_epochs_or_equal_macs(budget: str, epochs: float) -> None:
     """Dense 0.2 epochs, recovery 0.4: narrow at 25% gets 0.6 epochs, or 0.2 / 0.25 + 0.4."""
