@@ -38,6 +38,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises LoadError if the file is missing, damaged, holds anything but plain weights, or if a weight is
     not finite.
     """
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", *_PICKLED))
+        raise LoadError(
+            f"checkpoint {path} is a folder; give a file{f', such as {path / inside[0]}' if inside else ''}"
+        )
     if not path.is_file():
         raise LoadError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":

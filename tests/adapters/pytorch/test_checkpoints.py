@@ -119,6 +119,10 @@ class Stranger:
 
 def test_files_that_are_no_weights_are_refused(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
     assert "no checkpoint at" in refusal(tmp_path / "missing.pth")
+    (folder := tmp_path / "folder").mkdir()
+    assert refusal(folder).endswith("is a folder; give a file")
+    save_file(weights, folder / "model.safetensors")
+    assert f"such as {folder / 'model.safetensors'}" in refusal(folder)
     (tmp_path / "w.onnx").write_bytes(b"0")
     assert "unknown ending" in refusal(tmp_path / "w.onnx")
     for name in ("w.safetensors", "w.pth"):
