@@ -1,11 +1,10 @@
 """Which peak learning rate a recovery wants, by what was lost before it and by how long it lasts.
 
-    python benchmarks/recovery_rate.py --targets macs=50% macs=25% macs=10% --epochs 1.5 6 --rates .02 .03 .05 .075
+    python -m benchmarks.recovery_rate --targets macs=50% macs=25% macs=10% --epochs 1.5 6 --rates .02 .03 .05 .075
 
 For every target and seed one search, and from the network that it leaves one recovery for each length and rate.
-They are judged by the training images that the protocol's `train_limit` leaves out (44,000 of Fashion-MNIST's):
-no run sees them, they tell differences of a tenth of a percent apart, and tests stay untouched. Rows go to
---output as they are found; what is there is not run again. Dense networks are `optimize compare`'s.
+They are judged by the training images that the protocol leaves out (left_out.py), so tests stay untouched. Rows go
+to --output as they are found; what is there is not run again. Dense networks are `optimize compare`'s.
 """
 
 from __future__ import annotations
@@ -14,17 +13,14 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 
-from prunus.adapters.pytorch.array_images import ArrayBatches
-from prunus.adapters.pytorch.datasets import SPLIT_SEED, ArraySource, open_data, stratified_subset
-from prunus.adapters.pytorch.session import PyTorchSession, open_session
+from benchmarks.left_out import judge_by_left_out
+from prunus.adapters.pytorch.session import open_session
 from prunus.core.compare_cell import train_dense
 from prunus.core.compare_protocol import Protocol, read_protocol
 from prunus.core.compare_record import ResultsFolder
@@ -72,7 +68,7 @@ def _recoveries(
     method = find_method(settings, registry)
     session = open_session(method.resolved(settings))
     settings, adapter = session.settings, session.adapter
-    _judge_by_the_rest(session, settings)
+    judge_by_left_out(session)
     task = make_task(settings, method, session, session.graph.cost())
     preamble = make_preamble(settings, method, session)
     steps = conduct(method.policy, task, adapter, plugin=settings.plugin, events=_Unheard(), preamble=preamble)
@@ -88,18 +84,6 @@ def _recoveries(
             yield {**start, "epochs": epochs, "rate": rate, "accuracy": judged.accuracy, "loss": judged.loss}
             adapter.restore(Path(folder))
     steps.close()
-
-
-def _judge_by_the_rest(session: PyTorchSession, settings: RunSettings) -> None:
-    """Put the training images that `train_limit` leaves out in the place of the test split."""
-    source, adapter = open_data(settings.data), session.adapter
-    if not isinstance(source, ArraySource) or settings.train_limit is None or adapter.data is None:
-        raise SystemExit("the protocol must set train_limit, on a data set that is held in memory")
-    labels = source.train.labels.numpy()
-    rest = np.setdiff1d(np.arange(len(labels)), stratified_subset(labels, settings.train_limit, SPLIT_SEED))
-    spec = adapter.origin.input
-    batches = ArrayBatches(source.train.select(rest).fitted(spec), np.arange(len(rest)), spec, 256)
-    adapter.data = replace(adapter.data, test=batches)
 
 
 class _Unheard:

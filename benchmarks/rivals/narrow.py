@@ -51,19 +51,19 @@ def _narrow(bench: Bench) -> float:
     graph, job = bench.graph, bench.job
     same = {name: np.arange(group.units, dtype=np.float64) for name, group in graph.prunable.items()}
     budget = Budget.resolve(job.settings.parsed_targets, graph.cost())
-    outputs = _fan_outs(bench.model)
+    outputs = fan_outs(bench.model)
     bench.adapter.remove(Remove(keep=uniform_keep(graph, budget, same)))
-    _rescale(bench.model, outputs)
+    rescale(bench.model, outputs)
     return bench.adapter.graph.cost().macs
 
 
-def _fan_outs(model: nn.Module) -> dict[str, int]:
+def fan_outs(model: nn.Module) -> dict[str, int]:
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     return {name: m.out_channels // m.groups for name, m in convolutions.items()}
 
 
 @torch.no_grad()
-def _rescale(model: nn.Module, before: dict[str, int]) -> None:
+def rescale(model: nn.Module, before: dict[str, int]) -> None:
     """Weights drawn for a wide layer, at the scale that its narrow one is initialised with (fan-out, He 2015)."""
-    for name, fan_out in _fan_outs(model).items():
+    for name, fan_out in fan_outs(model).items():
         model.get_submodule(name).weight.mul_((before[name] / fan_out) ** 0.5)  # type: ignore[operator, union-attr]
