@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal
@@ -39,6 +39,7 @@ from benchmarks.rivals.steps import prune_to
 from prunus.core.compare_cell import RivalJob
 from prunus.core.compare_record import Outcome
 from prunus.core.directives import Train
+from prunus.core.errors import PlanError
 
 Method = Literal["magnitude", "bn-scale", "group-norm", "growing-reg", "taylor", "obdc"]
 
@@ -83,10 +84,8 @@ def prune(job: RivalJob) -> Outcome:
     choices = _choices(config, bench.teaching, epochs)
     tried = len(choices)
     if epochs > config.screen and tried > FINALISTS:
-        screened = [
-            (attempt.holdout, choice) for choice, attempt in _carried_out(bench, config, choices, config.screen)
-        ]
-        choices = [choice for _, choice in sorted(screened, key=lambda pair: -pair[0])[:FINALISTS]]
+        screened = sorted(_carried_out(bench, config, choices, config.screen), key=lambda pair: -pair[1].holdout)
+        choices = [choice for choice, _ in screened[:FINALISTS]]
     attempts = [attempt for _, attempt in _carried_out(bench, config, choices, epochs)]
     return bench.answer(attempts, uses_dense=True, tried=tried, by=f"torch-pruning {version('torch-pruning')}")
 
@@ -101,18 +100,30 @@ def _choices(config: DepGraphConfig, teaching: Sequence[bool], epochs: float) ->
 
 def _carried_out(
     bench: Bench, config: DepGraphConfig, choices: Sequence[Choice], epochs: float
-) -> Iterator[tuple[Choice, Attempt]]:
-    """Each choice with what it comes to in `epochs`; what differs in the recovery alone is pruned once."""
+) -> list[tuple[Choice, Attempt]]:
+    """Each choice with what it comes to in `epochs`; what differs in the recovery alone is pruned once.
+
+    A floor under which the MACs are out of reach drops out; PlanError if all do.
+    """
+    done: list[tuple[Choice, Attempt]] = []
+    refusal: PlanError | None = None
     ordered = sorted(choices, key=lambda choice: (choice.share, choice.floor))
     for (share, floor), alike in itertools.groupby(ordered, key=lambda choice: (choice.share, choice.floor)):
-        pruned, macs, spent = _pruned(bench, config, epochs * share, floor)
+        try:
+            pruned, macs, spent = _pruned(bench, config, epochs * share, floor)
+        except PlanError as error:
+            refusal = error
+            continue
         for choice in alike:
             model = copy.deepcopy(pruned)
             recovery = 0.0
             if choice.lr is not None:
                 train = Train(epochs=epochs * (1 - share), lr=choice.lr, label="recover")
                 recovery = bench.train(model, train, macs, taught=choice.taught)
-            yield choice, Attempt(model, macs, spent + recovery, bench.judge(model), str(choice))
+            done.append((choice, Attempt(model, macs, spent + recovery, bench.judge(model), str(choice))))
+    if not done and refusal is not None:
+        raise refusal
+    return done
 
 
 def _pruned(bench: Bench, config: DepGraphConfig, sparse: float, floor: float) -> tuple[nn.Module, float, float]:

@@ -17,6 +17,7 @@ from prunus.core.cli import run
 from prunus.core.compare_cell import RivalJob, load_rival
 from prunus.core.compare_protocol import read_protocol
 from prunus.core.compare_record import DenseRecord
+from prunus.core.errors import PlanError
 from prunus.core.settings import make_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,15 @@ def test_sparse_learning_shrinks_what_it_regularises(method: str) -> None:
 def test_the_best_attempt_is_chosen_on_held_out_images() -> None:
     outcome = module("depgraph").prune(job(0.5, epochs=0.1, lrs=(0.05, 1e-6), floors=(0.0, 0.1)))
     assert outcome.notes[0].startswith("best of 4 on the held-out part: lr ")
+
+
+def test_floors_that_leave_the_macs_out_of_reach_drop_out() -> None:
+    """Groups that all keep half of their channels cost more than a tenth of the MACs."""
+    depgraph = module("depgraph")
+    outcome = depgraph.prune(job(0.1, scope="global", floors=(0.0, 0.5)))
+    assert outcome.notes[0].endswith("floor 0")
+    with pytest.raises(PlanError, match="torch-pruning ended at"):
+        depgraph.prune(job(0.1, scope="global", floors=(0.5,)))
 
 
 def test_a_long_budget_carries_out_the_two_best_of_short_recoveries() -> None:
