@@ -55,7 +55,8 @@ class Entry(BaseModel):
     plain: dict[str, Any] = Field(default_factory=dict)
     """Further own settings where nobody is taught."""
     distilled: dict[str, Any] | None = None
-    """Further own settings where the dense model may teach; an entry without them sits that table out."""
+    """Further own settings where the dense model may teach; an entry without them sits that table out, and all do
+    where there is no recovery in which to be taught."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of run.toml that differ from [training], such as lr."""
     compute: float = Field(default=1.0, gt=0, le=1)
@@ -173,7 +174,7 @@ class Protocol(BaseModel):
                                 yield Cell(entry, target, epochs, teaching, seed)
 
     def _takes_part(self, entry: Entry, target: str, epochs: float, teaching: Teaching) -> bool:
-        if teaching == "distilled" and entry.distilled is None:
+        if teaching == "distilled" and (entry.distilled is None or epochs == 0):
             return False
         return target in (entry.targets or self.targets) and epochs in (entry.epochs or self.epochs)
 

@@ -79,6 +79,7 @@ def test_an_entry_sits_out_what_it_does_not_name() -> None:
     taught = [cell for cell in chosen.cells if cell.teaching == "distilled"]
     assert {cell.entry.name for cell in taught} == {"taught"}
     assert taught[0].config == {"distil": "always"}
+    assert {cell.epochs for cell in taught} == {1.0}, "without a recovery there is nothing to be taught in"
 
 
 @pytest.mark.parametrize(
