@@ -202,6 +202,7 @@ class _Run:
         try:
             while True:
                 directive = self._next(steps, observation)
+                observation = None  # what was measured is the policy's to keep, or to let go
                 if isinstance(directive, PruningPlan):
                     return self._finished(directive)
                 self._rules.check(directive)

@@ -21,7 +21,8 @@ import numpy as np
 from pydantic import Field
 
 from prunus.core.allocation import raise_if_unreachable, uniform_keep
-from prunus.core.cost import IntArray
+from prunus.core.budget import Budget
+from prunus.core.cost import FloatArray, IntArray
 from prunus.core.directives import Directive, Evaluate, Merge, Note, Observation, Remove
 from prunus.core.errors import ConfigError, PluginError
 from prunus.core.graph import ChannelGraph
@@ -169,24 +170,36 @@ def _round(
     `piece`: share of the whole training.
     """
     budget = task.budget.partway(k / rounds, search.graph.cost() if k == 1 else None)
-    until = round(config.temperatures * k / rounds)
-    evidence = yield from search.collect(task)
-    notes, _ = search.anneal(budget, *evidence, until, last=False)
+    notes = yield from _band(task, search, budget, round(config.temperatures * k / rounds))
     yield from notes
-    assert search.probabilities is not None
     keep = search.survivors(config.vanish)
     branches = yield from branch_coefficients(search.graph, config.kappa, config.c1)
     if branches.weak or any(len(units) < search.graph.groups[name].units for name, units in keep.items()):
         removal = replace(_remove(task, config, search, keep), blocks=branches.weak)
         search.restricted(changed((yield replace(removal, refit="none") if branches.names else removal)), keep)
     if can_train(task, piece * task.epochs):
-        energies, _ = yield from search.collect(task)
-        rates = search.coefficients(energies, search.probabilities).decay(config.decay)
-        search.gates = dict(search.probabilities)
+        rates = yield from _unit_decay(task, config, search)
+        search.gates = dict(search.probabilities or {})
         label = f"anneal {k} of {rounds}"
         decay = rates | branches.decay(config.decay)
         epochs = _epochs(task, config, search, piece)
         yield gentle(task, epochs, config.round_lr, label, gates=search.gates, decay=decay)
+
+
+def _band(
+    task: PruningTask, search: GroupSearch, budget: Budget, until: int
+) -> Generator[Directive, Observation, list[Note]]:
+    """One band of the ladder. Its statistics end here: they are gigabytes, and training needs as much."""
+    notes, _ = search.anneal(budget, *(yield from search.collect(task)), until, last=False)
+    return notes
+
+
+def _unit_decay(
+    task: PruningTask, config: GsmAnnealConfig, search: GroupSearch
+) -> Generator[Directive, Observation, dict[str, FloatArray]]:
+    """group -> (units,): weight decay by the scale mixture of what is left; its statistics end here, too."""
+    energies, _ = yield from search.collect(task)
+    return search.coefficients(energies, search.probabilities or {}).decay(config.decay)
 
 
 def _decide(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from prunus.core.checkpoints import Checkpoints
 from prunus.core.directives import (
+    Changed,
     Directive,
     Evaluate,
     Evaluated,
@@ -26,6 +28,7 @@ from prunus.core.directives import (
 )
 from prunus.core.errors import JournalError, PluginError
 from prunus.core.journal import Journal
+from prunus.core.observations import RecordingReader
 from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 from prunus.core.run import Preamble, execute
@@ -273,6 +276,38 @@ def test_a_full_disk_leaves_a_run_that_resumes(
             _run(tmp_path, Recorder())
     assert not list((tmp_path / "checkpoint").glob(".*"))
     _same(_run(tmp_path, Recorder()), whole[:2])
+
+
+class Forgetful(PruningPolicy):
+    """Measures, then trains; what it measured it forgets."""
+
+    def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
+        measured = yield Measure(frozenset({Signal.WEIGHT}), images=8)
+        assert isinstance(measured, RecordingReader)
+        measured.read(Signal.WEIGHT, next(iter(task.graph.tensors)))
+        del measured
+        yield Train(epochs=0.5)
+        keep = {name: range(group.units // 2) for name, group in task.graph.prunable.items()}
+        changed = yield Remove(keep)
+        assert isinstance(changed, Changed)
+        return changed.plan
+
+
+class Counting(SimulatedAdapter):
+    """Counts the measurements that are still alive when it trains."""
+
+    alive = -1
+
+    def train(self, directive: Train) -> Trained:
+        gc.collect()
+        self.alive = sum(isinstance(thing, RecordingReader) for thing in gc.get_objects())
+        return super().train(directive)
+
+
+def test_measurements_that_a_policy_forgets_are_gone_before_the_next_directive() -> None:
+    adapter = Counting((8, 16, 16, 4), seed=0)
+    execute(Forgetful(), adapter.task("macs=50%", epochs=1.0), adapter, plugin="forgetful", events=Recorder())
+    assert adapter.alive == 0
 
 
 class Coin(PruningPolicy):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from typing import Any, Literal
 
@@ -50,6 +51,26 @@ def test_ten_seeds_at_a_tenth_of_the_macs_meet_the_cost_decided_and_without_coll
     last = last_of(transcript)
     assert last["entropy"] < 0.02
     assert last["load"] == pytest.approx(1, abs=0.02)
+
+
+class Frugal(SimulatedAdapter):
+    """Counts what is left of any statistics whenever it trains or removes."""
+
+    alive: tuple[int, ...] = ()
+
+    def answer(self, directive: Directive) -> Observation:
+        if isinstance(directive, Train | Remove):
+            gc.collect()
+            self.alive += (sum(isinstance(thing, Energies) for thing in gc.get_objects()),)
+        return super().answer(directive)
+
+
+def test_no_statistics_are_kept_while_a_model_is_trained_or_refitted() -> None:
+    """Covariances of a ViT-B are more than a gigabyte, and these directives need the memory."""
+    adapter = Frugal(WIDTHS, seed=0)
+    drive(GsmAnneal(GsmAnnealConfig(rounds=3)), adapter.task("macs=25%", epochs=8.0), adapter)
+    assert len(adapter.alive) >= 5
+    assert set(adapter.alive) == {0}
 
 
 @pytest.mark.parametrize(
