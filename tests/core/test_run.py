@@ -300,7 +300,7 @@ class Counting(SimulatedAdapter):
 
     def train(self, directive: Train) -> Trained:
         gc.collect()
-        self.alive = sum(isinstance(thing, RecordingReader) for thing in gc.get_objects())
+        self.alive = sum(type(thing) is RecordingReader for thing in gc.get_objects())
         return super().train(directive)
 
 

@@ -61,7 +61,7 @@ class Frugal(SimulatedAdapter):
     def answer(self, directive: Directive) -> Observation:
         if isinstance(directive, Train | Remove):
             gc.collect()
-            self.alive += (sum(isinstance(thing, Energies) for thing in gc.get_objects()),)
+            self.alive += (sum(type(thing) is Energies for thing in gc.get_objects()),)
         return super().answer(directive)
 
 
