@@ -178,8 +178,9 @@ def _round(
         removal = replace(_remove(task, config, search, keep), blocks=branches.weak)
         search.restricted(changed((yield replace(removal, refit="none") if branches.names else removal)), keep)
     if can_train(task, piece * task.epochs):
-        rates = yield from _unit_decay(task, config, search)
-        search.gates = dict(search.probabilities or {})
+        assert search.probabilities is not None
+        rates = yield from _unit_decay(task, config, search, search.probabilities)
+        search.gates = dict(search.probabilities)
         label = f"anneal {k} of {rounds}"
         decay = rates | branches.decay(config.decay)
         epochs = _epochs(task, config, search, piece)
@@ -195,11 +196,11 @@ def _band(
 
 
 def _unit_decay(
-    task: PruningTask, config: GsmAnnealConfig, search: GroupSearch
+    task: PruningTask, config: GsmAnnealConfig, search: GroupSearch, survival: Mapping[str, FloatArray]
 ) -> Generator[Directive, Observation, dict[str, FloatArray]]:
     """group -> (units,): weight decay by the scale mixture of what is left; its statistics end here, too."""
     energies, _ = yield from search.collect(task)
-    return search.coefficients(energies, search.probabilities or {}).decay(config.decay)
+    return search.coefficients(energies, survival).decay(config.decay)
 
 
 def _decide(
