@@ -169,7 +169,7 @@ def _margin(results: Results, target: str, epochs: float, teaching: Teaching) ->
     )
     method = _best_held_out(ours)
     mine = {record.seed: record for record in method}
-    rival = _best_held_out([[r for r in group if r.seed in mine and _alike(r, mine[r.seed])] for group in theirs])
+    rival = _best_held_out([[r for r in group if r.seed in mine and alike(r, mine[r.seed])] for group in theirs])
     if not rival:
         return None
     return Margin(
@@ -186,7 +186,7 @@ def _best_held_out(groups: Sequence[list[CellRecord]]) -> list[CellRecord]:
     return max(complete, key=lambda group: fmean(r.outcome.holdout for r in group if r.outcome), default=[])
 
 
-def _alike(one: CellRecord, other: CellRecord) -> bool:
+def alike(one: CellRecord, other: CellRecord) -> bool:
     """Whether two cells of a seed can be compared: they start from the same dense network, or one from none."""
     starts = [
         (record.dense.accuracy, record.dense.holdout)
