@@ -75,6 +75,18 @@ def marks_table(results: Results) -> str:
     return _markdown(rows)
 
 
+def margins_table(networks: dict[str, Results], columns: Sequence[tuple[float, str]]) -> str:
+    """Pruning the dense model against torch-pruning, a row for each network."""
+    headings = [f"{epochs:g} epochs, {_share(target)}" for epochs, target in columns]
+    rows = [["", *headings], ["---"] * (1 + len(columns))]
+    for name, results in networks.items():
+        contest = Contest("", PRUNING, torch_pruning(results))
+        rows.append(
+            [name, *(_margin(results, contest, target, epochs, float("inf")) for epochs, target in columns)]
+        )
+    return _markdown(rows)
+
+
 def _margin(results: Results, contest: Contest, target: str, epochs: float, asked: float) -> str:
     differences = margin(results, contest, target, epochs)
     if not differences:
@@ -189,7 +201,10 @@ def tables() -> dict[str, tuple[str, ...]]:
     fast, small, mobile = (results_of(name) for name in ("fashion_fast", "resnet20", "mobilenetv3"))
     every, hard = ("macs=50%", "macs=25%", "macs=10%"), ("macs=25%", "macs=10%")
     return {
-        "benchmarks/README.md": (marks_table(fast),),
+        "benchmarks/README.md": (
+            marks_table(fast),
+            margins_table({"ResNet-20": small, "MobileNetV3": mobile}, [(e, t) for e in (1.5, 6) for t in hard]),
+        ),
         "README.md": (
             accuracies_table(fast, [(epochs, every) for epochs in MARKS]),
             accuracies_table(small, [(1.5, hard), (6, hard)]),
