@@ -18,6 +18,7 @@ from prunus.core.errors import ConfigError, PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.policy import PruningTask
 from prunus.core.signals import Signal
+from prunus.plugins.layers import streams
 from prunus.plugins.ranking import signals_of
 
 BlockScore = Literal["auto", "loss", "change"]
@@ -60,6 +61,21 @@ def cheapest(graph: ChannelGraph, budget: Budget, harm: dict[str, float]) -> str
         saved = load - max(budget.load(graph.without_blocks([name]).cost()), 1.0)
         prices[name] = max(harm[name], floor) / max(saved, 1e-12)
     return min(prices, key=lambda name: (prices[name], name))
+
+
+def spread_blocks(graph: ChannelGraph, share: float) -> tuple[str, ...]:
+    """`share` of the residual blocks, evenly from all stages: the last one of the stage that has the most left.
+
+    A stage is what runs through the same channels. For untrained networks: nothing is known of a block yet.
+    """
+    stages: dict[frozenset[str], list[str]] = {}
+    for name, block in graph.blocks.items():
+        if block.of is None:
+            stages.setdefault(frozenset(streams(graph, name)), []).append(name)
+    gone: list[str] = []
+    for _ in range(round(share * sum(map(len, stages.values())))):
+        gone.append(max(reversed(stages.values()), key=len).pop())
+    return tuple(gone)
 
 
 def check(task: PruningTask, score: BlockScore) -> None:

@@ -34,6 +34,7 @@ from prunus.core.importance import PluginConfig
 from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 from prunus.core.signals import Signal
+from prunus.plugins.depth import spread_blocks
 from prunus.plugins.ranking import signals_of
 from prunus.plugins.recovery import changed, evaluated
 from prunus.plugins.threshnet import ThreshNet
@@ -45,6 +46,8 @@ _CONVERGED = 0.98
 _FALL = 0.7
 """A round keeps about so much of the budget's quantity, unless `rounds` says otherwise."""
 _FINAL_PIECES = 4
+_LEAST_LOAD = 0.9
+"""Blocks that go before the search leave at least this share of the target to be used."""
 
 
 class JointSearchConfig(PluginConfig):
@@ -56,6 +59,9 @@ class JointSearchConfig(PluginConfig):
     """Share of the epochs after each extraction but the last, which is trained with all that is left."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the one cycle over everything; None is the run's."""
+    fewer_blocks: float = Field(default=0.0, ge=0, le=1)
+    """Share of the residual blocks that go before anything is trained, evenly from all stages, while the target
+    asks for it. What they cost is left for wider layers (benchmarks/results/joint_search.md)."""
     unit_weights: Literal["learned", "random", "none"] = "learned"
     """Learned on the hold-out while training; `random` and `none` are for ablation."""
     unit_rate: float = Field(default=0.05, gt=0, le=1)
@@ -114,13 +120,18 @@ class JointSearch(PruningPolicy):
             raise ConfigError(
                 f"joint-search learns to tell classes apart; the data has {task.classes} class", key="data"
             )
+        config = self.config
+        assert isinstance(config, JointSearchConfig)
+        if config.fewer_blocks and not task.graph.blocks:
+            said = "no block of this model passes its input through: none can go whole"
+            raise ConfigError(said, key="fewer_blocks")
         raise_if_unreachable(task.graph, task.budget)
 
     def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
         config = self.config
         assert isinstance(config, JointSearchConfig)
-        graph, start = task.graph, task.graph.cost()
-        ledger = TrainingLedger(task.epochs, start)
+        graph = task.graph
+        ledger = TrainingLedger(task.epochs, graph.cost())
         teachers = _Teachers(task, config, ledger)
         yield from teachers.check_users()
         net = ThreshNet(task.rng, limit=config.offset_limit)
@@ -133,8 +144,14 @@ class JointSearch(PruningPolicy):
             config.search_share,
             config.reward_refit,
         )
+        blocks = _blocks_to_spare(task, config.fewer_blocks)
+        if blocks:
+            graph = changed((yield Remove({}, blocks=blocks))).graph
+            yield Note("depth", {"gone": ", ".join(blocks), "macs": graph.cost().macs / task.graph.cost().macs})
+        start, prunable = graph.cost(), tuple(graph.prunable)
         originals: dict[str, IntArray] = {n: np.arange(units, dtype=np.int64) for n, units in graph.units.items()}
-        rounds = config.rounds or max(1, math.ceil(math.log(1 / task.budget.load(start)) / math.log(_FALL) - 0.1))
+        load = max(task.budget.load(start), 1.0)
+        rounds = config.rounds or max(1, math.ceil(math.log(1 / load) / math.log(_FALL) - 0.1))
         overlaps: list[float] = []
         foreseen: dict[str, IntArray] = {}
 
@@ -152,7 +169,7 @@ class JointSearch(PruningPolicy):
             at_target = global_keep(graph, task.budget, cut_scores(unit_masses(energies, config.sharpness)))
             ahead = {name: originals[name][units] for name, units in at_target.items()}
             if foreseen:
-                overlaps.append(mean_overlap(foreseen, ahead, task.graph.prunable))
+                overlaps.append(mean_overlap(foreseen, ahead, prunable))
                 yield Note("overlap", {"round": index, "jaccard": overlaps[-1]})
             foreseen = ahead
 
@@ -175,6 +192,14 @@ class JointSearch(PruningPolicy):
             graph = yield from _train_target(graph, weights, config, ledger, piece, pieces=2, distil=taught)
         yield from _finish(graph, config, ledger, teachers)
         return result.plan
+
+
+def _blocks_to_spare(task: PruningTask, share: float) -> tuple[str, ...]:
+    """`share` of the blocks, or as many as leave a network of about the target's cost."""
+    blocks = spread_blocks(task.graph, share)
+    while blocks and task.budget.load(task.graph.without_blocks(blocks).cost()) < _LEAST_LOAD:
+        blocks = blocks[:-1]
+    return blocks
 
 
 _ENERGY = (Signal.WEIGHT, Signal.ACTIVATION_VARIANCE)

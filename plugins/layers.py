@@ -137,7 +137,7 @@ class LayerEvidence:
         self.groups |= {group: _groups(graph, graph.blocks[name].tensors) for group, name in choice.blocks.items()}
         self._outside = {group: _outside(graph, name, signals) for group, name in choice.kernels.items()}
         self._added = {
-            group: (float(signals.read(Signal.BLOCK_CHANGE, name)[0]), _streams(graph, name))
+            group: (float(signals.read(Signal.BLOCK_CHANGE, name)[0]), streams(graph, name))
             for group, name in choice.blocks.items()
         }
 
@@ -181,7 +181,7 @@ def _groups(graph: ChannelGraph, tensors: Collection[str]) -> tuple[str, ...]:
     )
 
 
-def _streams(graph: ChannelGraph, name: str) -> tuple[str, ...]:
+def streams(graph: ChannelGraph, name: str) -> tuple[str, ...]:
     """Groups that the block writes and that live outside of it, too."""
     tensors = graph.blocks[name].tensors
     return tuple(

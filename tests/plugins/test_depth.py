@@ -19,8 +19,9 @@ from prunus.core.signals import Signal
 from prunus.core.testing.graphs import residual_graph
 from prunus.core.testing.simulation import SimulatedAdapter
 from prunus.core.testing.transcript import Transcript, drive
-from prunus.plugins.depth import cheapest
+from prunus.plugins.depth import cheapest, spread_blocks
 from prunus.plugins.iterative import Iterative, IterativeConfig
+from prunus.plugins.joint_search import JointSearch, JointSearchConfig
 from prunus.plugins.magnitude import Magnitude
 
 
@@ -103,12 +104,48 @@ def test_saving_beyond_the_target_is_worth_nothing() -> None:
     assert cheapest(graph, budget, {"block0": 1.0, "block1": 0.5}) == "block1"
 
 
+def test_untrained_blocks_go_evenly_from_all_stages_the_last_ones_first(adapter: PyTorchAdapter) -> None:
+    def gone(share: float) -> tuple[str, ...]:
+        return spread_blocks(adapter.graph, share)
+
+    assert gone(0.0) == ()
+    assert gone(0.3) == ("stages.0.2", "stages.2.2")
+    assert gone(0.6) == ("stages.0.2", "stages.2.2", "stages.1.2", "stages.0.1")
+    assert sorted(gone(1.0)) == sorted(adapter.graph.blocks)
+
+
+def test_joint_search_does_without_blocks_from_the_start_and_meets_the_target(adapter: PyTorchAdapter) -> None:
+    task, whole = _task(adapter, "macs=25%", epochs=2.0), adapter.graph
+    config = JointSearchConfig(fewer_blocks=0.6, images=64)
+    transcript = drive(JointSearch(config), task, Answers(adapter))
+    first, *rest = transcript.of(Remove)
+    assert (first.blocks, first.keep, first.refit) == (spread_blocks(whole, 0.6), {}, "none")
+    assert not any(removal.blocks for removal in rest)
+    assert transcript.directives.index(first) < transcript.directives.index(transcript.of(Train)[0])
+    assert 0.9 < task.budget.load(adapter.graph.cost()) <= 1.0
+    assert adapter.graph.blocks.keys() == whole.blocks.keys() - set(first.blocks)
+
+
+@pytest.mark.parametrize(("target", "most"), [("macs=90%", 1), ("macs=50%", 4), ("macs=30%", 6)])
+def test_no_more_blocks_go_than_the_target_asks_for(adapter: PyTorchAdapter, target: str, most: int) -> None:
+    task, whole = _task(adapter, target, epochs=1.0), adapter.graph
+    drive(JointSearch(JointSearchConfig(fewer_blocks=1.0, images=32)), task, Answers(adapter))
+    assert len(whole.blocks) - len(adapter.graph.blocks) == most
+    assert 0.9 * 0.99 < task.budget.load(adapter.graph.cost()) <= 1.0
+
+
 def _refusals() -> Iterator[tuple[PruningTask, dict[str, object], str]]:
     simulated = SimulatedAdapter(samples=128, dense_epochs=1).task("macs=50%")
     residual = dataclasses.replace(simulated, graph=residual_graph(8, [6, 4]))
     yield simulated, {}, "no block of this model"
     yield dataclasses.replace(residual, has_data=False), {}, "--data is none"
     yield dataclasses.replace(residual, has_labels=False), {"block_score": "loss"}, "needs labels"
+
+
+def test_fewer_blocks_of_a_model_without_any_are_refused() -> None:
+    task = SimulatedAdapter(samples=128, dense_epochs=0).task("macs=50%", epochs=2.0)
+    with pytest.raises(ConfigError, match="no block of this model"):
+        JointSearch(JointSearchConfig(fewer_blocks=0.5)).check(task)
 
 
 @pytest.mark.parametrize("case", range(3))
