@@ -1,16 +1,19 @@
-"""Do widths matter where a network is trained from scratch? One of prunus' ResNets, tilted, at equal compute.
+"""Do widths matter where a network is trained from scratch, and depth? One of prunus' ResNets, at equal compute.
 
     python -m benchmarks.widths --share 0.5 --compute 23 --seeds 0 1 2
+    python -m benchmarks.widths --share 0.25 --compute 20.4 --tilts even --fewer-blocks 0 0.75
 
 Every tilt is a family of networks with one number, which is chosen so that the MACs are `--share` of the whole
-network's. Each is trained from the same random weights, cut to size, for as many epochs as come to `--compute`
-epochs of the whole network in MACs, and judged by the training images that the protocol leaves out (left_out.py).
-Rows go to --output as they are found; what is there is not run again.
+network's; a share of the blocks may be gone, as in joint-search (`spread_blocks`). Each is trained from the same
+random weights, cut to size, for as many epochs as come to `--compute` epochs of the whole network in MACs, and
+judged by the training images that the protocol leaves out (left_out.py). Rows go to --output as they are found;
+what is there is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +29,7 @@ from prunus.core.compare_protocol import Protocol, read_protocol
 from prunus.core.directives import Remove, Train
 from prunus.core.graph import ChannelGraph
 from prunus.core.settings import make_settings
+from prunus.plugins.depth import spread_blocks
 
 HERE = Path(__file__).parent
 
@@ -46,21 +50,25 @@ def main() -> None:
     protocol = read_protocol(options.protocol)
     done = _rows(options.output)
     for seed in options.seeds:
-        for tilt in options.tilts:
+        for tilt, fewer in itertools.product(options.tilts, options.fewer_blocks):
             place = {"share": options.share, "compute": options.compute, "seed": seed, "tilt": tilt}
+            place |= {"fewer_blocks": fewer}
             if not any(place.items() <= row.items() for row in done):
-                row = {**place, **_trained(protocol, seed, tilt, options.share, options.compute)}
+                row = {**place, **_trained(protocol, seed, tilt, fewer, options.share, options.compute)}
                 with options.output.open("a") as file:
                     file.write(json.dumps(row) + "\n")
     print(_table(_rows(options.output)))
 
 
-def _trained(protocol: Protocol, seed: int, tilt: str, share: float, compute: float) -> dict[str, Any]:
+def _trained(
+    protocol: Protocol, seed: int, tilt: str, fewer: float, share: float, compute: float
+) -> dict[str, Any]:
     dense = protocol.dense_settings(seed)
     session = open_session(make_settings({**dense.model_dump(exclude_unset=True), "dense_epochs": None}))
     judge_by_left_out(session)
     adapter, whole = session.adapter, session.graph.cost().macs
-    widths = _widths(session.graph, tilt, share * whole)
+    adapter.remove(Remove(keep={}, blocks=spread_blocks(session.graph, fewer)))
+    widths = _widths(adapter.graph, tilt, share * whole)
     outputs = fan_outs(adapter.model)
     adapter.remove(Remove(keep={name: np.arange(width) for name, width in widths.items()}))
     rescale(adapter.model, outputs)
@@ -106,19 +114,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| share, compute | tilt | widths | parameters | accuracy in %, mean and every seed | loss |",
-        "|---" * 6 + "|",
+        "| share, compute | tilt | blocks gone | widths | parameters | accuracy in %, mean, every seed | loss |",
+        "|---" * 7 + "|",
     ]
-    for share, compute, tilt in {(row["share"], row["compute"], row["tilt"]): None for row in rows}:
-        mine = [r for r in rows if (r["share"], r["compute"], r["tilt"]) == (share, compute, tilt)]
+    keys = ("share", "compute", "tilt", "fewer_blocks")
+    for place in {tuple(row[key] for key in keys): None for row in rows}:
+        share, compute, tilt, fewer = place
+        mine = [row for row in rows if tuple(row[key] for key in keys) == place]
         mine.sort(key=lambda row: row["seed"])
         each = " ".join(f"{100 * row['accuracy']:.2f} (seed {row['seed']})" for row in mine)
         mean, loss = 100 * fmean(row["accuracy"] for row in mine), fmean(row["loss"] for row in mine)
         widths = " ".join(map(str, mine[0]["widths"]))
-        params = f"{mine[0]['params']:,.0f}"
-        lines.append(
-            f"| {share:g}, {compute:g} | {tilt} | {widths} | {params} | {mean:.2f}: {each} | {loss:.4f} |"
-        )
+        which = f"{share:g}, {compute:g} | {tilt} | {fewer:g} | {widths} | {mine[0]['params']:,.0f}"
+        lines.append(f"| {which} | {mean:.2f}: {each} | {loss:.4f} |")
     return "\n".join(lines)
 
 
@@ -128,6 +136,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=0.5, help="of the whole network's MACs")
     parser.add_argument("--compute", type=float, default=23.0, help="training, in epochs of the whole network")
     parser.add_argument("--tilts", nargs="+", choices=list(TILTS), default=list(TILTS))
+    parser.add_argument("--fewer-blocks", nargs="+", type=float, default=[0.0], help="shares that are gone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=HERE / "results" / "widths.jsonl")
     return parser.parse_args()
