@@ -29,7 +29,7 @@ MARKS: dict[float, dict[str, float]] = {
 LEAST = 3
 """Pairs that a margin wants, where there are so many."""
 PRUNING = ("gsm-anneal", "bayes-reparam")
-SEARCH = ("joint-search", "joint-search higher rate")
+SEARCH = ("joint-search", "joint-search higher rate", "joint-search fewer blocks")
 NARROW = ("narrow equal MACs",)
 L2 = ("TP L2 uniform", "TP L2 uniform low rates")
 
@@ -124,6 +124,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "gsm-anneal": ("gsm-anneal",),
     "bayes-reparam": ("bayes-reparam",),
     "joint-search": ("joint-search",),
+    "joint-search, three of four blocks gone": ("joint-search fewer blocks",),
     "torch-pruning, L2, uniform, its better rates": L2,
     "torch-pruning, the best of all others": (),
     "uniformly narrow, from scratch": NARROW,
