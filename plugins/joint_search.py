@@ -123,7 +123,7 @@ class JointSearch(PruningPolicy):
         config = self.config
         assert isinstance(config, JointSearchConfig)
         if config.fewer_blocks and not task.graph.blocks:
-            said = "no block of this model passes its input through: none can go whole"
+            said = "no block of this model passes its input through, so none can go; use fewer_blocks=0"
             raise ConfigError(said, key="fewer_blocks")
         raise_if_unreachable(task.graph, task.budget)
 
