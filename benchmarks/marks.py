@@ -1,4 +1,4 @@
-"""The tables of the README and of benchmarks/README.md, from the cells that are committed.
+"""The tables of the README, of benchmarks/README.md and of joint_search.md, from the cells that are committed.
 
     python -m benchmarks.marks
 
@@ -84,6 +84,16 @@ def margins_table(networks: dict[str, Results], columns: Sequence[tuple[float, s
         rows.append(
             [name, *(_margin(results, contest, target, epochs, float("inf")) for epochs, target in columns)]
         )
+    return _markdown(rows)
+
+
+def depth_table(results: Results) -> str:
+    """joint-search with all blocks and with fewer against the narrow network, wherever it is trained."""
+    places = [(epochs, target) for epochs in MARKS if epochs for target in results.targets]
+    rows = [["", *(f"{e:g} epochs, {_share(t)}" for e, t in places)], ["---"] * (1 + len(places))]
+    for name, entry in (("all blocks", "joint-search"), ("three of four gone", "joint-search fewer blocks")):
+        contest = Contest(name, (entry,), NARROW)
+        rows.append([name, *(_margin(results, contest, t, e, float("inf")) for e, t in places)])
     return _markdown(rows)
 
 
@@ -206,6 +216,7 @@ def tables() -> dict[str, tuple[str, ...]]:
             marks_table(fast),
             margins_table({"ResNet-20": small, "MobileNetV3": mobile}, [(e, t) for e in (1.5, 6) for t in hard]),
         ),
+        "benchmarks/results/joint_search.md": (depth_table(fast),),
         "README.md": (
             accuracies_table(fast, [(epochs, every) for epochs in MARKS]),
             accuracies_table(small, [(1.5, hard), (6, hard)]),

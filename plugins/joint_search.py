@@ -125,7 +125,8 @@ class JointSearch(PruningPolicy):
         if config.fewer_blocks and not task.graph.blocks:
             said = "no block of this model passes its input through, so none can go; use fewer_blocks=0"
             raise ConfigError(said, key="fewer_blocks")
-        raise_if_unreachable(task.graph, task.budget)
+        blocks = _blocks_to_spare(task, config.fewer_blocks)
+        raise_if_unreachable(task.graph.without_blocks(blocks), task.budget)
 
     def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
         config = self.config

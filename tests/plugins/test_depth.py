@@ -12,7 +12,7 @@ from prunus.adapters.pytorch.adapter import PyTorchAdapter
 from prunus.adapters.pytorch.session import open_session
 from prunus.core.budget import Budget, Target
 from prunus.core.directives import Directive, Evaluate, Measure, Note, Observation, Remove, Snapshot, Train
-from prunus.core.errors import ConfigError
+from prunus.core.errors import ConfigError, UnreachableTargetError
 from prunus.core.policy import PruningTask
 from prunus.core.settings import make_settings
 from prunus.core.signals import Signal
@@ -140,6 +140,15 @@ def _refusals() -> Iterator[tuple[PruningTask, dict[str, object], str]]:
     yield simulated, {}, "no block of this model"
     yield dataclasses.replace(residual, has_data=False), {}, "--data is none"
     yield dataclasses.replace(residual, has_labels=False), {"block_score": "loss"}, "needs labels"
+
+
+def test_a_target_is_within_reach_if_it_is_without_the_blocks_that_go(adapter: PyTorchAdapter) -> None:
+    graph = adapter.graph
+    floors = [dataclasses.replace(group, min_units=group.units) for group in graph.groups.values()]
+    task = _task(adapter, "macs=55%", graph=graph.with_groups(floors), epochs=1.0)
+    with pytest.raises(UnreachableTargetError):
+        JointSearch(JointSearchConfig()).check(task)
+    JointSearch(JointSearchConfig(fewer_blocks=0.6)).check(task)
 
 
 def test_fewer_blocks_of_a_model_without_any_are_refused() -> None:
