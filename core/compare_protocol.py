@@ -65,6 +65,8 @@ class Entry(BaseModel):
     """Only these of the protocol's targets."""
     epochs: tuple[Epochs, ...] | None = None
     """Only these of the protocol's recovery budgets."""
+    seeds: tuple[Seed, ...] | None = None
+    """Only these of the protocol's seeds."""
     group: Group | None = None
     """`method` (default of plugins) against `rival` (default of rivals); `reference` rows stand beside them."""
 
@@ -139,7 +141,7 @@ class Protocol(BaseModel):
             _no_twins(field, getattr(self, field))
         _no_twins("entries", [entry.name for entry in self.entries])
         for entry in self.entries:
-            for field in ("targets", "epochs"):
+            for field in ("targets", "epochs", "seeds"):
                 strangers = set(getattr(entry, field) or ()) - set(getattr(self, field))
                 if strangers:
                     raise ValueError(f"entry {entry.name!r}: {field} {sorted(strangers)} are not the protocol's")
@@ -170,13 +172,19 @@ class Protocol(BaseModel):
                 for target in self.targets:
                     for epochs in self.epochs:
                         for entry in self.entries:
-                            if self._takes_part(entry, target, epochs, teaching):
-                                yield Cell(entry, target, epochs, teaching, seed)
+                            cell = Cell(entry, target, epochs, teaching, seed)
+                            if self._takes_part(cell):
+                                yield cell
 
-    def _takes_part(self, entry: Entry, target: str, epochs: float, teaching: Teaching) -> bool:
-        if teaching == "distilled" and (entry.distilled is None or epochs == 0):
+    def _takes_part(self, cell: Cell) -> bool:
+        entry = cell.entry
+        if cell.teaching == "distilled" and (entry.distilled is None or cell.epochs == 0):
             return False
-        return target in (entry.targets or self.targets) and epochs in (entry.epochs or self.epochs)
+        return (
+            cell.target in (entry.targets or self.targets)
+            and cell.epochs in (entry.epochs or self.epochs)
+            and cell.seed in (entry.seeds or self.seeds)
+        )
 
     def select(self, patterns: Sequence[str]) -> tuple[Cell, ...]:
         """Cells whose name is, or matches, one of `patterns`; all without any. Raises ConfigError for none."""

@@ -72,10 +72,13 @@ def test_the_grid_is_every_combination_and_names_tell_cells_apart() -> None:
 def test_an_entry_sits_out_what_it_does_not_name() -> None:
     chosen = protocol(
         teaching=["plain", "distilled"],
-        entries=[entry(targets=["macs=25%"], epochs=[1.0]), entry(name="taught", distilled={"distil": "always"})],
+        entries=[
+            entry(targets=["macs=25%"], epochs=[1.0], seeds=[1]),
+            entry(name="taught", distilled={"distil": "always"}),
+        ],
     )
-    names = [cell.name for cell in chosen.cells if cell.seed == 0 and cell.entry.name == "ours"]
-    assert names == ["ours/macs=25%/1ep/plain/seed0"]
+    names = [cell.name for cell in chosen.cells if cell.entry.name == "ours"]
+    assert names == ["ours/macs=25%/1ep/plain/seed1"]
     taught = [cell for cell in chosen.cells if cell.teaching == "distilled"]
     assert {cell.entry.name for cell in taught} == {"taught"}
     assert taught[0].config == {"distil": "always"}
@@ -95,6 +98,7 @@ def test_an_entry_sits_out_what_it_does_not_name() -> None:
         ({"entries": [entry(name="a/b")]}, "name"),
         ({"entries": [entry(settings={"seed": 1})]}, "the protocol's to set"),
         ({"entries": [entry(epochs=[7.0])]}, "are not the protocol's"),
+        ({"entries": [entry(seeds=[7])]}, "seeds [7] are not the protocol's"),
         ({"training": {"lrr": 1}}, "Did you mean 'lr'"),
         ({"dense": {"epochs": 0}}, "dense.epochs"),
         ({"speed": 1}, "speed"),
