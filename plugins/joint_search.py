@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from prunus.core.allocation import global_keep, raise_if_unreachable
+from prunus.core.allocation import global_keep, raise_if_unreachable, smallest_counts
 from prunus.core.cost import IntArray
 from prunus.core.directives import (
     Directive,
@@ -196,9 +196,12 @@ class JointSearch(PruningPolicy):
 
 
 def _blocks_to_spare(task: PruningTask, share: float) -> tuple[str, ...]:
-    """`share` of the blocks, or as many as leave a network of about the target's cost."""
+    """`share` of the blocks, or as many as leave a network of about the target's cost that can still be met."""
     blocks = spread_blocks(task.graph, share)
     while blocks and task.budget.load(task.graph.without_blocks(blocks).cost()) < _LEAST_LOAD:
+        deeper = task.graph.without_blocks(blocks[:-1])
+        if task.budget.load(deeper.cost(smallest_counts(deeper))) > 1.0:
+            break
         blocks = blocks[:-1]
     return blocks
 

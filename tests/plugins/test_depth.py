@@ -151,6 +151,18 @@ def test_a_target_is_within_reach_if_it_is_without_the_blocks_that_go(adapter: P
     JointSearch(JointSearchConfig(fewer_blocks=0.6)).check(task)
 
 
+def test_blocks_do_not_come_back_where_floors_would_then_miss_the_target(adapter: PyTorchAdapter) -> None:
+    graph = adapter.graph
+    floors = [dataclasses.replace(group, min_units=group.units) for group in graph.groups.values()]
+    stiff, blocks = graph.with_groups(floors), spread_blocks(graph, 1.0)
+    costs = [stiff.without_blocks(blocks[:n]).cost().macs for n in range(len(blocks) + 1)]
+    n = max(range(1, len(costs)), key=lambda i: costs[i - 1] / costs[i])
+    assert costs[n] < 0.9 * 0.99 * costs[n - 1]
+    task = _task(adapter, f"macs={0.99 * costs[n - 1] / costs[0]:.2%}", graph=stiff, epochs=1.0)
+    drive(JointSearch(JointSearchConfig(fewer_blocks=1.0, images=32)), task, Answers(adapter))
+    assert sorted(blocks[:n]) == sorted(graph.blocks.keys() - adapter.graph.blocks.keys())
+
+
 def test_fewer_blocks_of_a_model_without_any_are_refused() -> None:
     task = SimulatedAdapter(samples=128, dense_epochs=0).task("macs=50%", epochs=2.0)
     with pytest.raises(ConfigError, match="no block of this model"):
