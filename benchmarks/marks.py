@@ -3,8 +3,9 @@
     python -m benchmarks.marks
 
 Margins are paired: seeds that both have, and cells that start from the same dense network, or from none. Of our
-methods the one that is best on the held-out part is taken, of the rivals the one that is best on test, among those
-with `LEAST` pairs. Figures of fewer seeds than the protocol has show their number in brackets.
+methods the one that is best on the held-out part is taken, of the rivals the one that is best on test, each among
+those with enough seeds (`ENOUGH`, core/compare_table.py). Figures of fewer seeds than the protocol has show their
+number in brackets.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from statistics import fmean
 
 from prunus.core.compare_protocol import Teaching, read_protocol
 from prunus.core.compare_record import CellRecord, ResultsFolder
-from prunus.core.compare_table import Results, alike
+from prunus.core.compare_table import Results, alike, best_held_out, with_enough_seeds
 
 HERE = Path(__file__).parent
 MARKS: dict[float, dict[str, float]] = {
@@ -26,8 +27,6 @@ MARKS: dict[float, dict[str, float]] = {
     20: {"macs=50%": 0, "macs=25%": 0, "macs=10%": 0},
 }
 """epochs of recovery -> target -> points that were asked for."""
-LEAST = 3
-"""Pairs that a margin wants, where there are so many."""
 PRUNING = ("gsm-anneal", "bayes-reparam")
 SEARCH = ("joint-search", "joint-search higher rate", "joint-search fewer blocks")
 NARROW = ("narrow equal MACs",)
@@ -56,19 +55,12 @@ def torch_pruning(results: Results) -> tuple[str, ...]:
 
 def marks_table(results: Results) -> str:
     """What was asked for, and the margins that were reached; bold where they reach it."""
-    rivals = torch_pruning(results)
-    contests = (
-        Contest("pruning the dense model, against torch-pruning", PRUNING, rivals),
-        Contest("the same, the dense model teaching on both sides", PRUNING, rivals, "distilled"),
-        Contest("joint-search, against torch-pruning", SEARCH, rivals),
-        Contest("joint-search, against the narrow network", SEARCH, NARROW),
-    )
     targets = results.targets
     rows = [["", *(_share(target) for target in targets)], ["---"] * (1 + len(targets))]
     for epochs, asked in MARKS.items():
         budget = f"{epochs:g} epochs" if epochs else "no recovery"
         rows.append([f"**{budget}**: mark", *(f"{asked[target]:g}" for target in targets)])
-        for contest in contests:
+        for contest in _contests(results):
             cells = [_margin(results, contest, target, epochs, asked[target]) for target in targets]
             if any(cells):
                 rows.append([contest.name, *cells])
@@ -76,15 +68,25 @@ def marks_table(results: Results) -> str:
 
 
 def margins_table(networks: dict[str, Results], columns: Sequence[tuple[float, str]]) -> str:
-    """Pruning the dense model against torch-pruning, a row for each network."""
+    """What was reached on other networks, where no mark was asked for."""
     headings = [f"{epochs:g} epochs, {_share(target)}" for epochs, target in columns]
     rows = [["", *headings], ["---"] * (1 + len(columns))]
     for name, results in networks.items():
-        contest = Contest("", PRUNING, torch_pruning(results))
-        rows.append(
-            [name, *(_margin(results, contest, target, epochs, float("inf")) for epochs, target in columns)]
-        )
+        for contest in _contests(results):
+            cells = [_margin(results, contest, target, epochs, float("inf")) for epochs, target in columns]
+            if any(cells):
+                rows.append([f"{name}: {contest.name}", *cells])
     return _markdown(rows)
+
+
+def _contests(results: Results) -> tuple[Contest, ...]:
+    rivals = torch_pruning(results)
+    return (
+        Contest("pruning the dense model, against torch-pruning", PRUNING, rivals),
+        Contest("the same, the dense model teaching on both sides", PRUNING, rivals, "distilled"),
+        Contest("joint-search, against torch-pruning", SEARCH, rivals),
+        Contest("joint-search, against the narrow network", SEARCH, NARROW),
+    )
 
 
 def depth_table(results: Results) -> str:
@@ -113,21 +115,16 @@ def margin(results: Results, contest: Contest, target: str, epochs: float) -> li
         found = (results.of(name, target, epochs, contest.teaching) for name in names)
         return [group for group in found if group]
 
-    ours = max(cells(contest.ours), key=lambda group: (len(group), held_out(group)), default=[])
+    ours = best_held_out(cells(contest.ours))
     mine = {record.seed: record for record in ours}
     paired = [[r for r in g if r.seed in mine and alike(mine[r.seed], r)] for g in cells(contest.rivals)]
-    enough = min(LEAST, max(map(len, paired), default=0))
-    rival = max((group for group in paired if group and len(group) >= enough), key=accuracy, default=[])
+    rival = max(with_enough_seeds(paired), key=accuracy, default=[])
     return [accuracy([mine[record.seed]]) - accuracy([record]) for record in rival]
 
 
 def accuracy(group: Sequence[CellRecord]) -> float:
     """Mean on test."""
     return fmean(record.outcome.accuracy for record in group if record.outcome)
-
-
-def held_out(group: Sequence[CellRecord]) -> float:
-    return fmean(record.outcome.holdout for record in group if record.outcome)
 
 
 ROWS: dict[str, tuple[str, ...]] = {

@@ -14,6 +14,8 @@ from prunus.core.budget import Target
 from prunus.core.compare_protocol import Entry, Protocol, Teaching
 from prunus.core.compare_record import SOURCE, CellRecord
 
+ENOUGH = 3
+"""Seeds that an entry needs to be the best of several, where any has so many."""
 _HEADINGS = {"plain": "Without distillation", "distilled": "The dense model may teach, on both sides"}
 
 
@@ -121,10 +123,8 @@ def _any(results: Results, entry: Entry, epochs: float, teaching: Teaching) -> b
 def _best_mean(
     results: Results, rows: Iterable[Entry], target: str, epochs: float, teaching: Teaching
 ) -> float | None:
-    """The best mean among the entries with the most seeds: a lucky single seed is not bold."""
     groups = [results.of(entry.name, target, epochs, teaching) for entry in rows]
-    most = max(map(len, groups), default=0)
-    return max((_mean(group) for group in groups if len(group) == most and most), default=None)
+    return max(map(_mean, with_enough_seeds(groups)), default=None)
 
 
 def _accuracies(records: Sequence[CellRecord], best: float | None) -> str:
@@ -167,9 +167,9 @@ def _margin(results: Results, target: str, epochs: float, teaching: Teaching) ->
         ]
         for side in ("method", "rival")
     )
-    method = _best_held_out(ours)
+    method = best_held_out(ours)
     mine = {record.seed: record for record in method}
-    rival = _best_held_out([[r for r in group if r.seed in mine and alike(r, mine[r.seed])] for group in theirs])
+    rival = best_held_out([[r for r in group if r.seed in mine and alike(r, mine[r.seed])] for group in theirs])
     if not rival:
         return None
     return Margin(
@@ -179,11 +179,24 @@ def _margin(results: Results, target: str, epochs: float, teaching: Teaching) ->
     )
 
 
-def _best_held_out(groups: Sequence[list[CellRecord]]) -> list[CellRecord]:
-    """The records of the entry whose held-out accuracy is best, among those with the most seeds."""
-    most = max(map(len, groups), default=0)
-    complete = [group for group in groups if group and len(group) == most]
-    return max(complete, key=lambda group: fmean(r.outcome.holdout for r in group if r.outcome), default=[])
+def with_enough_seeds(groups: Sequence[list[CellRecord]]) -> list[list[CellRecord]]:
+    """Those of `ENOUGH` seeds, or of as many as the largest has: one lucky seed is not the best of anything."""
+    enough = min(ENOUGH, max(map(len, groups), default=0))
+    return [group for group in groups if group and len(group) >= enough]
+
+
+def best_held_out(groups: Sequence[list[CellRecord]]) -> list[CellRecord]:
+    """The records of the entry whose held-out accuracy is best; [] for none.
+
+    Judged, among those with enough seeds, on the seeds that all of them have: more seeds are no merit.
+    """
+    groups = with_enough_seeds(groups)
+    shared = set.intersection(*({record.seed for record in group} for group in groups)) if groups else set()
+
+    def held_out(group: list[CellRecord]) -> float:
+        return fmean(r.outcome.holdout for r in group if r.outcome and (r.seed in shared or not shared))
+
+    return max(groups, key=held_out, default=[])
 
 
 def alike(one: CellRecord, other: CellRecord) -> bool:

@@ -85,6 +85,18 @@ def test_a_mark_is_bold_only_where_it_is_reached(protocol: Protocol) -> None:
     assert "| +1.49 |" in shown(0.8649)
 
 
+def test_more_seeds_are_no_merit_of_ours_but_three_are_wanted(protocol: Protocol) -> None:
+    results = _results(
+        protocol,
+        *_cells(protocol, "gsm-anneal", test={0: 0.80, 1: 0.80, 2: 0.80, 3: 0.95, 4: 0.95}, holdout=0.89),
+        *_cells(protocol, "bayes-reparam", test={0: 0.85, 1: 0.85, 2: 0.85}, holdout=0.90),
+        *_cells(protocol, "joint-search", test={0: 0.99, 1: 0.99}, holdout=0.99, uses_dense=False),
+        *_cells(protocol, "TP L2 uniform", test={0: 0.70, 1: 0.70, 2: 0.70}),
+    )
+    contest = Contest("", ("gsm-anneal", "bayes-reparam", "joint-search"), ("TP L2 uniform",))
+    assert margin(results, contest, "macs=25%", 1.5) == pytest.approx([0.15, 0.15, 0.15])
+
+
 def _margin(results: Results, *rivals: str) -> list[float]:
     contest = Contest("ours against theirs", ("gsm-anneal", "bayes-reparam"), rivals)
     return margin(results, contest, "macs=25%", 1.5)
