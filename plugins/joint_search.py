@@ -196,7 +196,7 @@ class JointSearch(PruningPolicy):
 
 
 def _blocks_to_spare(task: PruningTask, share: float) -> tuple[str, ...]:
-    """`share` of the blocks, or as many as leave a network of about the target's cost that can still be met."""
+    """`share` of the blocks, or as many as leave a network of about the target's cost that can still meet it."""
     blocks = spread_blocks(task.graph, share)
     while blocks and task.budget.load(task.graph.without_blocks(blocks).cost()) < _LEAST_LOAD:
         deeper = task.graph.without_blocks(blocks[:-1])
