@@ -87,6 +87,12 @@ class DirectiveRules:
         if not self.task.has_labels and directive.signals & NEEDS_LABELS:
             self._fail("without labels no gradient can be measured", f"It asked for {_names(directive.signals)}.")
         self._gates(directive.gates, "gates", 2.0, self.graph.blocks)
+        self._require(directive.refit in _REFITS, f"a refit is one of {_REFITS}", directive.refit)
+        self._layers(directive)
+        if not self.task.has_data and directive.refit != "none":
+            self._fail("without data nothing can be refitted", f"It asked for refit={directive.refit!r}.")
+        if (self._branched() or directive.gates) and (directive.blocks or directive.kernels):
+            self._fail("layers are left out of a measurement that has neither gates nor branches", f"{directive}.")
 
     def _train(self, directive: Train) -> None:
         self._require(
@@ -168,7 +174,7 @@ class DirectiveRules:
         self._gates(directive.gates, "gates", 2.0)
         self._gates(directive.survival, "survival", 1.0)
 
-    def _layers(self, directive: Remove | Evaluate) -> None:
+    def _layers(self, directive: Measure | Remove | Evaluate) -> None:
         kind = type(directive).__name__
         for what, names, known in (
             ("blocks", directive.blocks, self.graph.blocks),

@@ -48,6 +48,11 @@ class Measure:
     fold: tuple[int, int] = (0, 1)
     """(k, n): only the k-th of n disjoint parts of those images."""
     gates: Gates | None = None
+    blocks: tuple[str, ...] = ()
+    """Blocks that are left out, as in `Remove`: of the network without them, refitted as `refit` says."""
+    kernels: tuple[str, ...] = ()
+    """Kernels that have one tap there, as in `Remove`."""
+    refit: Refit = "none"
 
 
 @dataclass(frozen=True, slots=True)

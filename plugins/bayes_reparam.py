@@ -181,7 +181,9 @@ def _sensitivity(
     if not config.tries(task):
         return {}
     graph, budget = task.graph, task.budget
-    alone = yield from measure_sensitivity(graph, seen.weights, seen.moments, config.ridge, config)
+    alone = yield from measure_sensitivity(
+        graph, seen.weights, seen.moments, config.ridge, config.trial(images=config.images)
+    )
     if not alone or config.sweeps_of(task) == 0:
         return alone
 
@@ -191,8 +193,8 @@ def _sensitivity(
         _, tau = pruning_probabilities(graph, budget, beliefs)
         return select(graph, budget, judged.discrepancy, beliefs, judged.scores, tau)
 
-    factors, _ = yield from settle(graph, budget, propose, alone, config.refit, config.sweeps_of(task))
-    return factors
+    settled = yield from settle(graph, budget, propose, alone, config.trial(), config.sweeps_of(task))
+    return settled.factors
 
 
 def _believe(config: BayesReparamConfig, before: Mapping[str, Belief], seen: _Seen) -> dict[str, Belief]:

@@ -24,7 +24,7 @@ from prunus.plugins.layers import Choice, LayerEvidence, Layers, harden, with_la
 from prunus.plugins.pooled_moments import MOMENTS, PooledMoments
 from prunus.plugins.ranking import signals_of
 from prunus.plugins.scale_mixture import Coefficients, coefficients
-from prunus.plugins.sensitivity import TrialConfig, measure_sensitivity, settle
+from prunus.plugins.sensitivity import NONE_GONE, Gone, Settled, TrialConfig, measure_sensitivity, settle
 
 _RIDGE = 1e-3
 """Of the mean variance, in trials."""
@@ -41,7 +41,7 @@ class Annealed:
     """Where a search ended."""
 
     keep: dict[str, IntArray]
-    """group -> kept units; empty for a layer that goes as a whole."""
+    """group -> kept units; empty for a layer of the choice that goes as a whole."""
     ranks: dict[str, FloatArray]
     notes: list[Note]
     probabilities: dict[str, FloatArray] | None
@@ -51,8 +51,8 @@ class Annealed:
 class AnnealingConfig(TrialConfig):
     source: Source | Literal["auto"] = "auto"
     """What a unit's energy is: what its readers lose without it, the others `refitted`; `conditional` on who else
-    survives; `weight`; or `gate_fisher`. `auto` is `refitted`, `conditional` where layers may go, and `weight`
-    without data. Only the first is weighed by `sensitivity`."""
+    survives; `weight`; or `gate_fisher`. `auto` is `refitted` (`conditional` to propose layers that go), and
+    `weight` without data. Only the first is weighed by `sensitivity`."""
     normalise: bool = True
     """Bring energies to mean 1 inside each group; without it stages collapse. Not those of `refitted`, which are
     shares of what their readers compute: they are divided by what a unit costs."""
@@ -102,6 +102,8 @@ class GroupSearch:
     """group -> factor of its units' energies; None until it was measured."""
     gates: dict[str, FloatArray] | None = None
     """Gates that the current weights were trained with, to be folded at the next removal."""
+    gone: Gone = NONE_GONE
+    """Layers that `graph` is without: they are there still."""
 
     @property
     def space(self) -> ChannelGraph:
@@ -126,6 +128,20 @@ class GroupSearch:
             self.probabilities |= {name: np.ones(1) for name in self.choice.names}
         self.prices = None
 
+    def without(self, gone: Gone) -> GroupSearch:
+        """The same search where these layers are gone and no others may go."""
+        graph = self.graph.without_kernels(gone[1]).without_blocks(gone[0])
+        everything = {name: np.arange(group.units) for name, group in graph.groups.items()}
+        return replace(
+            self,
+            graph=graph,
+            choice=Choice({}, {}),
+            gone=gone,
+            units=self.units - len(self.choice.names),
+            probabilities=_taken(self.probabilities, everything, graph),
+            prices=_taken(self.prices, everything, graph),
+        )
+
     def collect(self, task: PruningTask) -> Generator[Directive, Observation, tuple[Energies, LayerEvidence]]:
         """Measure what speaks for units and layers, under the current gates."""
         config, source = self.config, self._source(task)
@@ -137,7 +153,12 @@ class GroupSearch:
             signals |= MOMENTS
         if self.choice.blocks:
             signals |= {Signal.BLOCK_CHANGE}
-        measured = signals_of((yield Measure(signals=signals, images=config.images, gates=self.gates)))
+        blocks, kernels = self.gone
+        refit = config.refit if self.gone != NONE_GONE else "none"
+        request = Measure(
+            signals, images=config.images, gates=self.gates, blocks=blocks, kernels=kernels, refit=refit
+        )
+        measured = signals_of((yield request))
         energies = Energies(self.graph, measured, source)
         evidence = LayerEvidence(self.graph, self.choice, measured)
         if energies.assumed_variance:
@@ -146,24 +167,25 @@ class GroupSearch:
             weights = {name: measured.read(Signal.WEIGHT, name) for name in sliced_weights(self.graph)}
             moments = PooledMoments().add(self.graph, measured)
             del measured
-            alone = yield from measure_sensitivity(self.graph, weights, moments, _RIDGE, config)
+            trial = config.trial(self.gone, config.images)
+            alone = yield from measure_sensitivity(self.graph, weights, moments, _RIDGE, trial)
             self.sensitivity = {name: k**_TRUST for name, k in alone.items()}
         return energies, evidence
 
     def settle(
         self, task: PruningTask, energies: Energies, evidence: LayerEvidence
-    ) -> Generator[Directive, Observation, Annealed]:
+    ) -> Generator[Directive, Observation, Settled[Annealed]]:
         """Anneal to the end, again and again, until groups cost the held-out loss the same per saving."""
-        factors, best = yield from settle(
-            self.graph,
-            task.budget,
-            lambda factors: replace(self, sensitivity=dict(factors)).ended(task.budget, energies, evidence),
-            self.sensitivity or {},
-            self.config.refit,
-            self.config.sweeps_of(task),
+        return (
+            yield from settle(
+                self.graph,
+                task.budget,
+                lambda factors: replace(self, sensitivity=dict(factors)).ended(task.budget, energies, evidence),
+                self.sensitivity or {},
+                self.config.trial(self.gone),
+                self.config.sweeps_of(task) if self.sensitivity else 0,
+            )
         )
-        self.sensitivity = factors
-        return best
 
     def ended(self, budget: Budget, energies: Energies, evidence: LayerEvidence, weight: float = 1.0) -> Annealed:
         """Anneal to the end and harden: the same order, exact counts. The search itself stays where it is."""

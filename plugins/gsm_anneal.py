@@ -23,21 +23,21 @@ from pydantic import Field
 from prunus.core.allocation import raise_if_unreachable, uniform_keep
 from prunus.core.budget import Budget
 from prunus.core.cost import FloatArray, IntArray
-from prunus.core.directives import Directive, Evaluate, Merge, Note, Observation, Remove
-from prunus.core.errors import ConfigError, PluginError
+from prunus.core.directives import Directive, Merge, Note, Observation, Remove
+from prunus.core.errors import ConfigError, PluginError, UnreachableTargetError
 from prunus.core.graph import ChannelGraph
 from prunus.core.importance import PluginConfig
 from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 from prunus.core.signals import Signal
-from prunus.plugins.energies import Energies
 from prunus.plugins.expansion import branch_coefficients, branchable, grow_branches, grow_wide
 from prunus.plugins.group_search import Annealed, AnnealingConfig, GroupSearch
-from prunus.plugins.layers import Choice, LayerEvidence, Layers, with_layers
+from prunus.plugins.layers import Choice, Layers, with_layers
 from prunus.plugins.recovery import can_train, changed, evaluated, gentle, recover, removal
+from prunus.plugins.sensitivity import NONE_GONE, Gone
 
-WEIGHTS = (1e3, 2.0, 1.4, 1.0, 0.7, 0.5)
-"""Factors of what speaks for layers that are tried: with the first, all stay."""
+WEIGHTS = (2.0, 1.4, 1.0, 0.7, 0.5)
+"""Factors of what speaks for layers: each proposes some that go."""
 LONG = 20.0
 """From so many epochs on an expanded network is pruned in more rounds that train."""
 
@@ -47,9 +47,10 @@ class GsmAnnealConfig(AnnealingConfig):
     """`wide` grows groups by `ratio` first, function-preserving, and searches the larger network; `branches` lets
     convolutions run as parallel linear branches, of other kernels and depth, while the rounds train."""
     layers: Literal["auto", "none", "kernels", "blocks", "all"] = "auto"
-    """Whole layers that may go: `kernels` shrink to 1 x 1, residual `blocks` vanish; `auto`: all with branches."""
+    """Whole layers that may go: `kernels` shrink to 1 x 1, residual `blocks` vanish; `auto`: all with branches.
+    Held-out images decide between several sets of them, and none."""
     layer_weight: float | None = Field(default=None, gt=0)
-    """Factor of what speaks for a layer, against what it saves; None tries several, and held-out images decide."""
+    """Factor of what speaks for a layer, against what it saves, which then decides; None proposes by several."""
     ratio: float = Field(default=1.5, gt=1, le=4)
     """Width after expansion over width before."""
     grow: Literal["inner", "all"] = "inner"
@@ -111,8 +112,8 @@ class GsmAnneal(PruningPolicy):
         if any(block.of is not None for block in search.graph.blocks.values()):
             search.graph = changed((yield Merge())).graph
         search.opened(layers)
-        keep = yield from _decide(task, config, search)
-        result = changed((yield _remove(task, config, search, keep)))
+        keep, gone = yield from _decide(task, config, search)
+        result = changed((yield _remove(task, config, search, keep, gone)))
         if not task.budget.met(result.graph.cost()):
             raise PluginError("gsm-anneal", "the plan meets the budget", f"It costs {result.graph.cost()}.")
         yield from recover(task, config, (1 - spent) * task.epochs)
@@ -205,57 +206,62 @@ def _unit_decay(
 
 def _decide(
     task: PruningTask, config: GsmAnnealConfig, search: GroupSearch
-) -> Generator[Directive, Observation, dict[str, IntArray]]:
-    """Collect statistics, anneal to the end, harden."""
+) -> Generator[Directive, Observation, tuple[dict[str, IntArray], Gone]]:
+    """Which layers go is proposed with one threshold for layers and channels; for each proposal, and for none,
+    widths are searched and tried, and held-out images decide."""
     if search.gates is not None:  # what is tried and refitted is the function that was trained
         search.graph = changed((yield Remove(keep={}, gates=search.gates))).graph
         search.gates = None
+    proposals = (yield from _proposals(task, config, search)) if search.choice.names else [NONE_GONE]
+    best: tuple[float, Annealed, Gone] | None = None
+    for gone in proposals:
+        rest = search.without(gone)
+        try:
+            settled = yield from rest.settle(task, *(yield from rest.collect(task)))
+        except (PluginError, UnreachableTargetError):
+            if best is None and gone == proposals[-1]:
+                raise
+            continue
+        loss = settled.loss
+        if len(proposals) > 1:
+            if loss is None:
+                loss = evaluated((yield replace(config.trial(gone), within=settled.proposal.keep))).loss
+            yield Note("layers", {"blocks": len(gone[0]), "kernels": len(gone[1]), "loss": loss})
+        if best is None or (loss or 0.0) < best[0]:
+            best = loss or 0.0, settled.proposal, gone
+    assert best is not None
+    _, annealed, gone = best
+    yield from annealed.notes
+    return annealed.keep, gone
+
+
+def _proposals(
+    task: PruningTask, config: GsmAnnealConfig, search: GroupSearch
+) -> Generator[Directive, Observation, list[Gone]]:
+    """Layers that may go, by how much one is worth beside channels; none is among them where trials can tell."""
     energies, evidence = yield from search.collect(task)
-    if search.sensitivity and not search.choice.names:
-        best = yield from search.settle(task, energies, evidence)
-    else:
-        best = yield from _weighed(task, config, search, energies, evidence)
-    search.probabilities, search.rung = best.probabilities, best.rung
-    yield from best.notes
-    return best.keep
-
-
-def _weighed(
-    task: PruningTask, config: GsmAnnealConfig, search: GroupSearch, energies: Energies, evidence: LayerEvidence
-) -> Generator[Directive, Observation, Annealed]:
-    """How much a layer is worth beside channels is tried: each outcome is refitted, judged by held-out images."""
-    weights: tuple[float, ...] = (1.0,) if config.layer_weight is None else (config.layer_weight,)
-    if config.layer_weight is None and search.choice.names and task.has_labels:
-        weights = WEIGHTS
-    outcomes: dict[object, tuple[float, Annealed]] = {}
-    for weight in weights:
+    if config.layer_weight is not None or not task.has_labels:
+        annealed = search.ended(task.budget, energies, evidence, config.layer_weight or 1.0)
+        return [search.choice.gone(annealed.keep, search.graph)]
+    found = [NONE_GONE]
+    for weight in WEIGHTS:
         try:
             annealed = search.ended(task.budget, energies, evidence, weight)
         except PluginError:
-            if weight != weights[-1] or not outcomes:
-                raise
-            break
-        gone = search.choice.gone(annealed.keep, search.graph)
-        if gone in outcomes:
             continue
-        loss = 0.0
-        if len(weights) > 1:
-            loss = evaluated((yield _trial(config, search, annealed.keep))).loss
-            yield Note("layers", {"weight": weight, "blocks": len(gone[0]), "kernels": len(gone[1]), "loss": loss})
-        outcomes[gone] = loss, annealed
-    return min(outcomes.values(), key=lambda outcome: outcome[0])[1]
-
-
-def _trial(config: GsmAnnealConfig, search: GroupSearch, keep: Mapping[str, IntArray]) -> Evaluate:
-    blocks, kernels = search.choice.gone(keep, search.graph)
-    units = {name: kept for name, kept in keep.items() if name in search.graph.groups}
-    return Evaluate(within=units, blocks=blocks, kernels=kernels, refit=config.refit)
+        gone = search.choice.gone(annealed.keep, search.graph)
+        if gone not in found:
+            found.append(gone)
+    return found
 
 
 def _remove(
-    task: PruningTask, config: GsmAnnealConfig, search: GroupSearch, keep: Mapping[str, IntArray]
+    task: PruningTask,
+    config: GsmAnnealConfig,
+    search: GroupSearch,
+    keep: Mapping[str, IntArray],
+    gone: Gone = NONE_GONE,
 ) -> Remove:
     """What the search decided: units of groups, and whole layers."""
-    blocks, kernels = search.choice.gone(keep, search.graph)
-    units = {name: kept for name, kept in keep.items() if name in search.graph.groups}
-    return replace(removal(task, config, units), gates=search.gates, blocks=blocks, kernels=kernels)
+    blocks, kernels = gone
+    return replace(removal(task, config, keep), gates=search.gates, blocks=blocks, kernels=kernels)

@@ -18,8 +18,8 @@ the search decides again (`settle`).
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
-from typing import Literal, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -27,13 +27,16 @@ from pydantic import Field
 from prunus.core.allocation import Ladder, best_units, ladders
 from prunus.core.budget import Budget
 from prunus.core.cost import FloatArray, IntArray
-from prunus.core.directives import Directive, Evaluate, Note, Observation, Refit
+from prunus.core.directives import Directive, Evaluate, Note, Observation
 from prunus.core.errors import PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.policy import PruningTask
 from prunus.plugins.discrepancy import Discrepancy
 from prunus.plugins.recovery import RecoveryConfig, evaluated
 
+Gone = tuple[tuple[str, ...], tuple[str, ...]]
+"""(blocks, kernels) that are gone as a whole."""
+NONE_GONE: Gone = ((), ())
 Trials = Literal["auto", "yes", "no"]
 _CHEAP = 2e10
 _ENOUGH = 500
@@ -69,6 +72,17 @@ class Proposal(Protocol):
 P = TypeVar("P", bound=Proposal)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Settled(Generic[P]):
+    """Where trials at the end of a search ended."""
+
+    factors: dict[str, float]
+    """group -> factor of its units' scores."""
+    proposal: P
+    loss: float | None
+    """Held out; None where there was no trial."""
+
+
 class TrialConfig(RecoveryConfig):
     """Settings of the trials, shared by the methods that weigh groups by them."""
 
@@ -84,6 +98,11 @@ class TrialConfig(RecoveryConfig):
         if not task.has_labels or self.sensitivity == "no":
             return False
         return self.sensitivity == "yes" or (_cheap(task, 1) and min(task.held_out or 0, self.images) >= _ENOUGH)
+
+    def trial(self, gone: Gone = NONE_GONE, images: int = _JUDGES) -> Evaluate:
+        """How widths are judged beside layers that are gone, by so many held-out images; `within` is to be set."""
+        blocks, kernels = gone
+        return Evaluate(within={}, blocks=blocks, kernels=kernels, refit=self.refit, images=images)
 
     def sweeps_of(self, task: PruningTask) -> int:
         """How often groups are tried where the search ends."""
@@ -102,13 +121,14 @@ def measure_sensitivity(
     weights: Mapping[str, FloatArray],
     moments: Mapping[str, FloatArray],
     ridge: float,
-    config: TrialConfig,
+    trial: Evaluate,
 ) -> Generator[Directive, Observation, dict[str, float]]:
     """group -> k, for every group that can shrink; groups that shrink together share theirs.
 
-    Empty where no trial cost anything.
+    Empty where no trial cost anything. `trial`: how a width is judged, but for `within`.
     """
-    before = evaluated((yield Evaluate(images=config.images))).loss
+    whole = trial if trial.blocks or trial.kernels else Evaluate(images=trial.images)
+    before = evaluated((yield whole)).loss
     found: dict[str, float] = {}
     for ladder in ladders(graph):
         if len(ladder.counts) == 1:
@@ -116,7 +136,7 @@ def measure_sensitivity(
         alone = _only(graph, ladder)
         count = int(ladder.counts[np.argmin(np.abs(ladder.counts[:-1] - _KEPT * ladder.counts[-1]))])
         keep, lost = _narrowed(ladder, Discrepancy(alone, weights, moments, ridge), count)
-        after = evaluated((yield Evaluate(within=keep, refit=config.refit, images=config.images))).loss
+        after = evaluated((yield replace(trial, within=keep))).loss
         for name in ladder.groups:
             found[name] = max(after - before, 0.0) / max(lost, 1e-12)
     middle = float(np.median(list(found.values()))) if found else 0.0
@@ -132,17 +152,17 @@ def settle(
     budget: Budget,
     propose: Callable[[Mapping[str, float]], P],
     factors: Mapping[str, float],
-    refit: Refit,
+    trial: Evaluate,
     sweeps: int,
-) -> Generator[Directive, Observation, tuple[dict[str, float], P]]:
-    """(group -> factor of its units' scores, what `propose` makes of it), of the lowest held-out loss.
+) -> Generator[Directive, Observation, Settled[P]]:
+    """The factors, and what `propose` makes of them, of the lowest held-out loss.
 
     `propose` must be a function of the factors alone. Where all groups end with the same loss per saving, nothing
-    is to be won by an exchange of units between them.
+    is to be won by an exchange of units between them. `trial`: how a proposal is judged, but for its widths.
     """
     factors = dict(factors)
     if sweeps == 0:
-        return factors, propose(factors)  # there is nothing to compare it with
+        return Settled(factors, propose(factors), None)  # there is nothing to compare it with
     outcomes: list[tuple[float, dict[str, float], P]] = []
     for sweep in range(sweeps + 1):
         try:
@@ -151,23 +171,23 @@ def settle(
             if not outcomes:
                 raise
             break  # what was found before stands
-        loss = evaluated((yield _judged(proposal.keep, refit))).loss
+        loss = evaluated((yield replace(trial, within=proposal.keep))).loss
         outcomes.append((loss, dict(factors), proposal))
         yield Note("widths", {"sweep": sweep, "loss": loss, **{n: len(u) for n, u in proposal.keep.items()}})
         if sweep < sweeps:
-            slopes = yield from _slopes(graph, budget, proposal, loss, refit)
+            slopes = yield from _slopes(graph, budget, proposal, loss, trial)
             middle = float(np.median(list(slopes.values()))) if slopes else 0.0
             if middle <= 0:
                 break
             for name, slope in slopes.items():
                 ratio = float(np.clip(slope / middle, 1 / _FARTHEST, _FARTHEST))
                 factors[name] = factors.get(name, 1.0) * ratio**_STEP
-    _, chosen, proposal = min(outcomes, key=lambda outcome: outcome[0])
-    return chosen, proposal
+    loss, chosen, proposal = min(outcomes, key=lambda outcome: outcome[0])
+    return Settled(chosen, proposal, loss)
 
 
 def _slopes(
-    graph: ChannelGraph, budget: Budget, proposal: Proposal, loss: float, refit: Refit
+    graph: ChannelGraph, budget: Budget, proposal: Proposal, loss: float, trial: Evaluate
 ) -> Generator[Directive, Observation, dict[str, float]]:
     """group -> rise of the held-out loss per saving, where it gets narrower than proposed."""
     before = budget.load(graph.cost({name: len(units) for name, units in proposal.keep.items()}))
@@ -181,13 +201,9 @@ def _slopes(
         keep = dict(proposal.keep) | {name: best_units(proposal.ranks[name], count) for name in ladder.groups}
         saved = before - budget.load(graph.cost({name: len(units) for name, units in keep.items()}))
         if saved > 0:
-            rise = evaluated((yield _judged(keep, refit))).loss - loss
+            rise = evaluated((yield replace(trial, within=keep))).loss - loss
             found |= dict.fromkeys(ladder.groups, rise / saved)
     return found
-
-
-def _judged(keep: Mapping[str, IntArray], refit: Refit) -> Evaluate:
-    return Evaluate(within=keep, refit=refit, images=_JUDGES)
 
 
 def _only(graph: ChannelGraph, ladder: Ladder) -> ChannelGraph:

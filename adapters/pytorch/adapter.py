@@ -7,7 +7,7 @@ directive does to tensors is in the modules that this one calls; here is who is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from prunus.adapters.pytorch.batches import Batches, DataBundle
 from prunus.adapters.pytorch.branching import settle_norms
 from prunus.adapters.pytorch.distillation import Teacher, classification_loss
 from prunus.adapters.pytorch.evaluation import evaluate
-from prunus.adapters.pytorch.gating import Gating, fold
+from prunus.adapters.pytorch.gating import Gating, fold, when_gated
 from prunus.adapters.pytorch.lineage import map_back, of_kept, spread
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.adapters.pytorch.processes import ALONE, Processes
@@ -45,7 +45,6 @@ from prunus.core.directives import (
     Changed,
     Evaluate,
     Evaluated,
-    Gates,
     Grow,
     Measure,
     Merge,
@@ -147,12 +146,13 @@ class PyTorchAdapter:
     # ---- measure, evaluate ------------------------------------------------------------------------
 
     def measure(self, directive: Measure) -> MeasuredSignals:
-        batches: Any = ()
-        if directive.signals & NEEDS_DATA:
-            batches = self._share(directive.split, directive.images, directive.fold)
+        signals, loss = directive.signals, classification_loss
+        wanted = directive.split, directive.images, directive.fold
+        batches: Any = self._share(*wanted) if signals & NEEDS_DATA else ()
+        if directive.blocks or directive.kernels:
+            return measure(*self._trial(directive, {}), batches, signals, loss, processes=self.processes)
         merged, gates = self.shrinking.merged(directive.gates)
-        more, loss = None if merged is self.model else self.model, classification_loss
-        signals = directive.signals
+        more = None if merged is self.model else self.model
         return measure(merged, self.graph, batches, signals, loss, gates, processes=self.processes, more=more)
 
     def evaluate(self, directive: Evaluate) -> Evaluated:
@@ -162,8 +162,7 @@ class PyTorchAdapter:
         if directive.within is None:
             with Gating(self.model, self.shrinking.wiring, directive.gates):
                 return self._evaluated(self.model, batches)
-        small, graph = self.shrinking.extracted(directive.within, directive.blocks, directive.kernels)
-        self._adjust_trial(small, directive, directive.within)
+        small, graph = self._trial(directive, directive.within)
         with Gating(small, graph, of_kept(directive.gates, directive.within)):
             return self._evaluated(small, batches)
 
@@ -171,17 +170,21 @@ class PyTorchAdapter:
         """`batches`: this process's share; the answer is for those of all."""
         return evaluate(module, batches, self.settings.training.device, self.processes)
 
-    def _adjust_trial(self, small: nn.Module, directive: Evaluate, keep: Keep) -> None:
+    def _trial(self, directive: Evaluate | Measure, keep: Keep) -> tuple[nn.Module, ChannelGraph]:
+        """A copy that keeps `keep` alone, without the layers that `directive` names, refitted; its graph."""
+        small, graph = self.shrinking.extracted(keep, directive.blocks, directive.kernels)
+        recalibrated = isinstance(directive, Evaluate) and directive.recalibrate
+
         def adjust() -> None:
             if directive.refit != "none":
-                layers = directive.blocks, directive.kernels
-                plan = self.plan.after_removal(self.graph, keep, (), None, *layers)
+                plan = self.plan.after_removal(self.graph, keep, (), None, directive.blocks, directive.kernels)
                 self._refit(small, plan, directive.refit, TRIAL_IMAGES)
-            if directive.recalibrate:
+            if recalibrated:
                 recalibrate(small, self._split("calibration").part(TRIAL_IMAGES))
 
-        if directive.refit != "none" or directive.recalibrate:
+        if directive.refit != "none" or recalibrated:
             self.processes.by_first(adjust, small)
+        return small, graph
 
     def test(self) -> Evaluated:
         """The current model on the test split."""
@@ -232,7 +235,7 @@ class PyTorchAdapter:
             index=self._state_changes,
             forward_macs=self.forward_macs,
             teachers=self.teachers(directive),
-            make_hook=_gating(self.model, self.shrinking.wiring, directive.gates),
+            make_hook=when_gated(self.model, self.shrinking.wiring, directive.gates),
             decay=UnitDecay(self.model, self.shrinking.wiring, directive.decay) if directive.decay else None,
             average=average,
             first_epoch=self._epochs_done,
@@ -263,7 +266,7 @@ class PyTorchAdapter:
             index=self._state_changes,
             forward_macs=graph.cost().macs,
             teachers=self.teachers(directive),
-            make_hook=_gating(small, graph, gates),
+            make_hook=when_gated(small, graph, gates),
             decay=UnitDecay(small, graph, decay) if decay else None,
             progress=self._stepped,
             notice=self._notice,
@@ -444,7 +447,3 @@ class PyTorchAdapter:
         if counters.optimizer is not None:
             restore_optimizer(folder, counters, self.model, self.optimizer)
         self._state_changes, self._epochs_done = counters.state_changes, counters.epochs_done
-
-
-def _gating(model: nn.Module, graph: ChannelGraph, gates: Gates | None) -> Callable[[], Gating] | None:
-    return None if gates is None else lambda: Gating(model, graph, gates)

@@ -7,7 +7,7 @@ gates leave (`gated_statistics`), so that a gate of 0 equals removal there, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +26,7 @@ from prunus.adapters.pytorch.gates import (
     sensing_tensors,
 )
 from prunus.core.cost import FloatArray
+from prunus.core.directives import Gates
 from prunus.core.errors import PlanError
 from prunus.core.graph import ChannelGraph
 
@@ -219,3 +220,8 @@ def _add(
 ) -> None:
     for group, values in gated.derivative(gradient, weight, gates):
         totals[group][: len(values)] += values
+
+
+def when_gated(model: nn.Module, graph: ChannelGraph, gates: Gates | None) -> Callable[[], Gating] | None:
+    """What makes the gating of a training; None where nothing is gated."""
+    return None if gates is None else lambda: Gating(model, graph, gates)

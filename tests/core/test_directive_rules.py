@@ -72,6 +72,10 @@ BROKEN: dict[str, tuple[PruningPolicy, str]] = {
     "path as a name": (_policy(Snapshot("../../etc")), "a snapshot's name"),
     "NaN in a note": (_policy(Note("n", {"x": float("nan")})), "numbers are finite"),
     "never removes": (_policy(Evaluate()), "must return a PruningPlan"),
+    "measured without a block that is none": (
+        _policy(Measure(frozenset({Signal.WEIGHT}), blocks=("h0",))),
+        "Measure.blocks names blocks of the current graph",
+    ),
     "unknown block": (_policy(Remove({}, blocks=("h0",))), "There is no 'h0'"),
     "blocks in a list": (_policy(Remove({}, blocks=["h0"])), "tuple of names"),  # type: ignore[arg-type]
     "over the budget": (_policy(Remove({})), "must meet every target"),

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from prunus.core.budget import Budget, Target
+from prunus.core.directives import Directive, Evaluate, Evaluated, Measure, Observation, Remove
 from prunus.core.graph import ChannelGraph
 from prunus.core.kernels import Kernel
+from prunus.core.policy import PruningTask
 from prunus.core.signals import Signal
 from prunus.core.testing.graphs import residual_graph
 from prunus.plugins.annealing import Lattice
 from prunus.plugins.energies import Energies
+from prunus.plugins.gsm_anneal import GsmAnneal, GsmAnnealConfig
 from prunus.plugins.layers import Choice, LayerEvidence, harden, with_layers
 
 
@@ -112,3 +115,57 @@ def test_hardening_takes_a_layer_back_rather_than_waste_the_budget() -> None:
     load = budget.load(space.cost({name: len(units) for name, units in keep.items()}))
     alone = budget.load(graph.without_blocks(["block0", "block1"]).cost())
     assert alone < 0.3 < 0.85 < load <= 1
+
+
+def decided(
+    losses: dict[tuple[str, ...], float], target: str = "macs=50%", **config: object
+) -> tuple[Remove, list[Evaluate]]:
+    """What gsm-anneal removes, and what it tried, where the held-out loss depends on the blocks that are gone."""
+    graph = _graph()
+    task = PruningTask(
+        graph,
+        Budget.resolve([Target.parse(target)], graph.cost()),
+        np.random.default_rng(0),
+        held_out=1000,
+    )
+    method = GsmAnneal(GsmAnnealConfig.model_validate({"layers": "blocks", "sensitivity": "no", **config}))
+    directives = method.run(task)
+    tried: list[Evaluate] = []
+    answer: Observation = None
+    while True:
+        directive: Directive = directives.send(answer)
+        answer = None
+        if isinstance(directive, Measure):
+            answer = Measured(graph, {}, {"block0": 0.02, "block1": 0.05})
+        elif isinstance(directive, Evaluate):
+            tried.append(directive)
+            answer = Evaluated(losses.get(directive.blocks, 1.0), 0.5, 1000)
+        elif isinstance(directive, Remove):
+            return directive, tried
+
+
+@pytest.mark.parametrize("best", [(), ("block1",)])
+def test_held_out_images_decide_which_layers_go_and_whether_any_does(best: tuple[str, ...]) -> None:
+    removal, tried = decided({best: 0.5})
+    assert {trial.blocks for trial in tried} == {(), ("block1",)}
+    assert removal.blocks == best
+
+
+def test_widths_are_searched_anew_beside_the_layers_that_are_gone() -> None:
+    graph = _graph()
+    budget = Budget.resolve([Target.parse("macs=50%")], graph.cost())
+    for best in ((), ("block1",)):
+        removal, _ = decided({best: 0.5})
+        rest = graph.without_blocks(removal.blocks)
+        widths = {name: len(units) for name, units in removal.keep.items()}
+        assert widths.keys() == rest.groups.keys()  # of what is inside a block that goes nothing is asked
+        assert 0.9 < budget.load(rest.cost(widths)) <= 1
+
+
+def test_without_trials_one_threshold_decides() -> None:
+    removal, tried = decided({}, layer_weight=1e3)
+    assert not tried
+    assert removal.blocks == ()
+    removal, tried = decided({}, layer_weight=0.1)
+    assert not tried
+    assert removal.blocks == ("block1",)

@@ -14,7 +14,7 @@ from prunus.core.errors import PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.policy import PruningTask
 from prunus.core.testing.graphs import mlp_graph
-from prunus.plugins.sensitivity import TrialConfig, measure_sensitivity, settle
+from prunus.plugins.sensitivity import Settled, TrialConfig, measure_sensitivity, settle
 
 
 def sensitivities(loss_without: Callable[[str], float], **options: dict[str, object]) -> dict[str, float]:
@@ -23,7 +23,7 @@ def sensitivities(loss_without: Callable[[str], float], **options: dict[str, obj
     graph = mlp_graph([4, 10, 10, 10, 3], **options)
     weights = {name: rng.normal(size=shape) for name, shape in graph.tensors.items()}
     moments = {name: np.eye(10) for name in ("fc1.weight", "fc2.weight", "fc3.weight")}
-    trial = measure_sensitivity(graph, weights, moments, 1e-3, TrialConfig(sensitivity="yes"))
+    trial = measure_sensitivity(graph, weights, moments, 1e-3, TrialConfig().trial(images=1024))
     directive = next(trial)
     try:
         while True:
@@ -97,8 +97,8 @@ class Network:
     def loss(keep: Mapping[str, IntArray]) -> float:
         return sum(worth / len(keep[name]) for name, worth in WORTH.items())
 
-    def settled(self, times: int) -> tuple[dict[str, float], Chosen]:
-        trials = settle(self.graph, self.budget, self.propose, {}, "sequential", times)
+    def settled(self, times: int) -> Settled[Chosen]:
+        trials = settle(self.graph, self.budget, self.propose, {}, TrialConfig().trial(), times)
         try:
             directive = next(trials)
             while True:
@@ -110,13 +110,14 @@ class Network:
                     answer = Evaluated(self.loss(directive.within), 0.5, 1000)
                 directive = trials.send(answer)
         except StopIteration as stop:
-            found: tuple[dict[str, float], Chosen] = stop.value
+            found: Settled[Chosen] = stop.value
             return found
 
 
 def test_where_the_search_ends_units_move_to_the_groups_that_the_loss_minds_most() -> None:
     network = Network(mlp_graph([16, 40, 40, 40, 10]))
-    factors, chosen = network.settled(3)
+    settled = network.settled(3)
+    factors, chosen = settled.factors, settled.proposal
     first = network.proposed[0]
     assert factors["h2"] > factors["h1"] > factors["h0"]
     assert len(chosen.keep["h2"]) > len(first["h2"])
@@ -134,36 +135,39 @@ def test_where_the_search_ends_units_move_to_the_groups_that_the_loss_minds_most
 
 def test_of_all_widths_that_were_proposed_those_of_the_lowest_loss_are_chosen() -> None:
     network = Network(mlp_graph([16, 40, 40, 40, 10]))
-    _, chosen = network.settled(8)
+    settled = network.settled(8)
     assert len(network.proposed) == 9
-    assert network.loss(chosen.keep) == min(network.loss(keep) for keep in network.proposed)
+    assert (
+        settled.loss == network.loss(settled.proposal.keep) == min(network.loss(keep) for keep in network.proposed)
+    )
 
 
 def test_without_a_sweep_the_first_proposal_stands() -> None:
     network = Network(mlp_graph([16, 40, 40, 40, 10]))
-    factors, chosen = network.settled(0)
-    assert factors == {}
-    assert chosen.keep is network.proposed[0]
+    settled = network.settled(0)
+    assert settled.factors == {}
+    assert settled.proposal.keep is network.proposed[0]
+    assert settled.loss is None
     assert not network.tried
 
 
 def test_groups_that_shrink_together_are_tried_and_weighed_together() -> None:
     tied = mlp_graph([16, 40, 40, 40, 10], h0={"equal_count": "t"}, h2={"equal_count": "t"})
     network = Network(tied)
-    factors, _ = network.settled(2)
+    factors = network.settled(2).factors
     assert factors["h0"] == factors["h2"] != factors["h1"]
 
 
 def test_a_group_at_its_floor_is_not_tried_narrower() -> None:
     network = Network(mlp_graph([16, 40, 40, 40, 10], h1={"min_units": 40}))
-    factors, _ = network.settled(2)
+    factors = network.settled(2).factors
     assert "h1" not in factors
     assert all(len(keep["h1"]) == 40 for keep in network.tried)
 
 
 def test_a_search_that_fails_with_other_factors_leaves_what_was_found_before() -> None:
     network = Network(mlp_graph([16, 40, 40, 40, 10]), fails_after=2)
-    _, chosen = network.settled(3)
+    chosen = network.settled(3).proposal
     assert network.loss(chosen.keep) == min(network.loss(keep) for keep in network.proposed)
     with pytest.raises(PluginError, match="it does not"):
         Network(mlp_graph([16, 40, 40, 40, 10]), fails_after=0).settled(3)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunus.adapters.pytorch import load
+from prunus.adapters.pytorch.adapter import TRIAL_IMAGES
 from prunus.adapters.pytorch.artifact import apply_plan
 from prunus.adapters.pytorch.blocks import PassThrough
 from prunus.adapters.pytorch.certification import random_keep
@@ -27,7 +28,7 @@ from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.refit import refit
 from prunus.adapters.pytorch.session import open_session
 from prunus.adapters.pytorch.shrinking_model import Origin, ShrinkingModel
-from prunus.core.directives import Evaluate, Measure, Remove, Train
+from prunus.core.directives import Evaluate, Measure, Refit, Remove, Train
 from prunus.core.errors import PlanError
 from prunus.core.plan import ModelSource, PruningPlan
 from prunus.core.settings import make_settings
@@ -282,6 +283,22 @@ def test_change_is_the_energy_that_a_block_adds_and_the_turn_that_it_gives() -> 
     energy = ((y - x).norm(dim=1) / y.norm(dim=1)).square().mean()
     cosine = torch.nn.functional.cosine_similarity(x, y, dim=1).mean()
     np.testing.assert_allclose(got, [float(energy), 1 - float(cosine)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["none", "sequential"])
+def test_measured_without_layers_is_what_is_measured_once_they_are_removed(mode: Refit) -> None:
+    adapter = open_session(make_settings(_session())).adapter
+    layers = {"blocks": ("stages.1.1",), "kernels": (next(iter(adapter.graph.kernels)),)}
+    seen = frozenset({Signal.WEIGHT, Signal.ACTIVATION_VARIANCE})
+    full = adapter.measure(Measure(seen, images=100))
+    before = full.read(Signal.ACTIVATION_VARIANCE, "head.weight")
+    without = adapter.measure(Measure(seen, images=100, refit=mode, **layers))
+    found = {s: without.read(s, "head.weight") for s in seen}
+    assert not np.allclose(found[Signal.ACTIVATION_VARIANCE], before, rtol=0.01)
+    adapter.remove(Remove({}, refit=mode, images=TRIAL_IMAGES, **layers))
+    removed = adapter.measure(Measure(seen, images=100))
+    for signal, values in found.items():
+        np.testing.assert_allclose(values, removed.read(signal, "head.weight"), rtol=1e-6)
 
 
 def test_a_checkpoint_after_a_block_is_gone_restores_model_optimizer_and_graph(tmp_path: Path) -> None:
