@@ -49,9 +49,10 @@ class Measure:
     """(k, n): only the k-th of n disjoint parts of those images."""
     gates: Gates | None = None
     blocks: tuple[str, ...] = ()
-    """Blocks that are left out, as in `Remove`: of the network without them, refitted as `refit` says."""
+    """Blocks that are left out, as in `Remove`: of the network without them, refitted as `refit` says; not beside
+    gates."""
     kernels: tuple[str, ...] = ()
-    """Kernels that have one tap there, as in `Remove`."""
+    """Kernels that have one tap there, as in `Remove`; not beside gates."""
     refit: Refit = "none"
 
 

@@ -44,8 +44,6 @@ class Annealed:
     """group -> kept units; empty for a layer of the choice that goes as a whole."""
     ranks: dict[str, FloatArray]
     notes: list[Note]
-    probabilities: dict[str, FloatArray] | None
-    rung: int
 
 
 class AnnealingConfig(TrialConfig):
@@ -192,7 +190,7 @@ class GroupSearch:
         trial = replace(self)
         notes, ranks = trial.anneal(budget, energies, evidence, self.config.temperatures, last=True, weight=weight)
         keep = harden(trial.space, self.choice, budget, ranks)
-        return Annealed(keep, ranks, notes, trial.probabilities, trial.rung)
+        return Annealed(keep, ranks, notes)
 
     def _source(self, task: PruningTask) -> Source:
         if not task.has_data:
