@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -14,7 +14,9 @@ import numpy as np
 def digest(value: object) -> str:
     """SHA-256 over a canonical walk of dataclasses, mappings, sequences, sets, numbers, texts and arrays.
 
-    Raises TypeError for anything else.
+    A field of a dataclass at its default counts for nothing: a field that a later version adds leaves the
+    digests of what does without it as they were, so that journals of before can be resumed. Raises TypeError for
+    anything else.
     """
     hasher = hashlib.sha256()
     _feed(hasher, value)
@@ -38,8 +40,11 @@ def _feed(hasher: Any, value: object) -> None:
     elif is_dataclass(value) and not isinstance(value, type):
         _feed(hasher, type(value).__name__)
         for field in fields(value):
-            _feed(hasher, field.name)
-            _feed(hasher, getattr(value, field.name))
+            held = getattr(value, field.name)
+            if not _is_default(field, held):
+                _feed(hasher, field.name)
+                _feed(hasher, held)
+        hasher.update(b".")
     elif isinstance(value, Mapping):
         hasher.update(f"m{len(value)};".encode())
         for key in sorted(value, key=str):
@@ -53,6 +58,11 @@ def _feed(hasher: Any, value: object) -> None:
             _feed(hasher, item)
     else:
         raise TypeError(f"{type(value).__name__} is not plain data")
+
+
+def _is_default(field: Field[Any], held: object) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return type(held) is type(default) and not isinstance(held, np.ndarray) and bool(held == default)
 
 
 def _feed_array(hasher: Any, array: np.ndarray[Any, Any]) -> None:

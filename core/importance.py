@@ -13,9 +13,12 @@ from prunus.core.signals import Signal, SignalReader
 
 
 class PluginConfig(BaseModel):
-    """Base of every plugin's settings: frozen, unknown keys refused, a description beside each field."""
+    """Base of every plugin's settings: frozen, unknown keys refused, a description beside each field.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    Defaults are validated, too: they are what run.toml gives back, so that a resumed run has the same.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
 class ImportanceEstimator(ABC):

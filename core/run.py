@@ -276,7 +276,8 @@ class _Run:
                 self._plugin,
                 "it must be a deterministic function of its task and observations",
                 f"Directive {self._index} was {entry.kind} when the run began, and is another "
-                f"{type(directive).__name__} now. Was the plugin changed since?",
+                f"{type(directive).__name__} now. If the plugin or prunus itself was changed since, resume with "
+                "what began the run, or begin a new one.",
             )
         observation = entry.observation
         self._events.answered(self._index, directive, observation, entry.seconds)

@@ -22,7 +22,7 @@ Text = Annotated[str, Field(min_length=1, max_length=4096)]
 class RunSettings(BaseModel):
     """Settings of one run. None means: the adapter's default for this model and data, filled in by the session."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
     plugin: Text = "gsm-anneal"
     """Pruning method: a registered name, or package.module:Class."""

@@ -45,7 +45,7 @@ def has_labels(data: str) -> bool:
 
 
 def filled(settings: RunSettings) -> RunSettings:
-    """`settings` with every None that the data's recipe answers filled in."""
+    """`settings` with every None that the data's recipe answers filled in, as run.toml would give them back."""
     recipe, trains = recipe_for(settings.data), has_labels(settings.data)
     sgd = settings.opt in _SGD
     lr = recipe.lr if sgd else 1e-3
@@ -59,4 +59,5 @@ def filled(settings: RunSettings) -> RunSettings:
         "weight_decay": 5e-4 if sgd else 0.05,
     }
     update = {name: value for name, value in chosen.items() if getattr(settings, name) is None}
-    return settings.model_copy(update=update)
+    # Validated: with an int where a float belongs, the run's directives would be others when it is resumed.
+    return RunSettings.model_validate({**settings.model_dump(), **update})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 import weakref
+from dataclasses import field, make_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,21 @@ def test_a_digest_sees_every_unit_and_ignores_the_order_of_groups() -> None:
     moved = gates.copy()
     moved[3] = np.nextafter(moved[3], 1)
     assert digest(Train(1.0, gates={"a": gates})) != digest(Train(1.0, gates={"a": moved}))
+
+
+def test_a_field_that_a_later_version_adds_leaves_the_digests_of_what_does_without_it() -> None:
+    before = make_dataclass("Train", [("epochs", float)])
+    added = [("repeats", int, 1), ("parts", tuple, ()), ("extra", dict, field(default_factory=dict))]
+    after = make_dataclass("Train", [("epochs", float), *added])
+    assert digest(after(2.0)) == digest(before(2.0))
+    changed = [after(2.0, repeats=2), after(2.0, parts=(1,)), after(2.0, extra={"a": 1}), after(2.0, repeats=True)]
+    assert len({digest(one) for one in [after(2.0), *changed]}) == 5
+
+
+def test_a_digest_tells_apart_which_field_holds_a_value() -> None:
+    pair = make_dataclass("Pair", [("a", object, None), ("b", object, None)])
+    different = [pair(), pair(1), pair(b=1), pair("b", 1), pair(pair(b=1)), pair(pair(), 1)]
+    assert len({digest(one) for one in different}) == len(different)
 
 
 def test_what_is_no_plain_data_has_no_digest() -> None:

@@ -85,6 +85,15 @@ def test_a_resolved_config_names_every_setting_and_configures_the_same() -> None
     assert configure(Limited, "mine", values) == chosen
 
 
+def test_a_whole_number_as_the_default_of_a_float_is_what_a_resumed_run_reads_back() -> None:
+    class Whole(Config):
+        share: float = 1
+
+    chosen = configure(Whole, "mine", {})
+    again = configure(Whole, "mine", tomllib.loads(to_toml(resolved(chosen))))
+    assert repr(again) == repr(chosen)  # == alone takes 1 for 1.0, and a digest of directives does not
+
+
 def test_a_config_describes_itself() -> None:
     rows = {row["key"]: row for row in describe_config(Config)}
     assert rows["rounds"]["bounds"] == ">= 1, <= 100"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,11 @@ def test_a_pruned_model_is_trained_more_gently_than_one_from_scratch(
     assert (settings.lr, settings.recovery_base_lr) == pytest.approx(expected)
     assert settings.recovery_lr is None  # found for every recovery from what was lost
     assert filled(settings) == settings  # so that a run begun again from its run.toml is the same
+
+
+@pytest.mark.parametrize("data", ["none", "digits", "fashion-mnist", "images:photos", "torch/cifar10", "folder"])
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_resumed_run_reads_back_the_very_defaults_that_it_began_with(data: str, opt: str) -> None:
+    settings = filled(make_settings({"data": data, "opt": opt}))
+    again = make_settings(tomllib.loads(settings.to_toml()))
+    assert repr(again) == repr(settings)  # == alone takes 20 epochs for 20.0, and a digest of directives does not
