@@ -194,6 +194,25 @@ def test_branches_are_merged_before_a_refit_and_one_of_them_stays() -> None:
             judge.check(wrong)
 
 
+def test_layers_are_left_out_of_a_measurement_that_has_neither_gates_nor_branches() -> None:
+    kernels = [Kernel("block0.conv1", "block0.conv1.weight", 3, ("kernel", "point"))]
+    graph = residual_graph(8, [6, 4]).with_kernels(kernels)
+    task = dataclasses.replace(SimulatedAdapter(samples=128, dense_epochs=1).task("macs=50%"), graph=graph)
+    rules = DirectiveRules("guilty", task, graph)
+    signals = frozenset({Signal.ACTIVATION_COVARIANCE})
+    rules.check(Measure(signals, blocks=("block1",), kernels=("block0.conv1",), refit="sequential"))
+    rules.check(Measure(signals, gates={"inner0": np.ones(6), "block1": np.zeros(1)}))
+    branches = [Block(f"block0.conv1.{kind}", frozenset({kind}), frozenset(), "block0.conv1") for kind in "ab"]
+    branched = ChannelGraph(graph.groups.values(), graph.terms, graph.tensors, [*graph.blocks.values(), *branches])
+    for judge, layers in (
+        (rules, {"blocks": ("block1",), "gates": {"inner0": np.ones(6)}}),
+        (rules, {"kernels": ("block0.conv1",), "gates": {"inner0": np.ones(6)}}),
+        (DirectiveRules("guilty", task, branched), {"blocks": ("block1",)}),
+    ):
+        with pytest.raises(PluginError, match="neither gates nor branches"):
+            judge.check(Measure(signals, **layers))  # type: ignore[arg-type]
+
+
 def test_a_plan_that_still_has_branches_is_refused() -> None:
     class Branching(SimulatedAdapter):
         def remove(self, directive: Remove) -> Changed:
