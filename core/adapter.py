@@ -193,5 +193,17 @@ class SharedSession(Protocol):
         ...
 
 
+@runtime_checkable
+class IdentifiedSession(Protocol):
+    """A session that can tell what its settings name from something else of the same name."""
+
+    def content(self) -> str | None:
+        """Digest of what the run begins with and no setting says, such as weights; None where there is nothing.
+
+        Asked for before the first directive. A run is resumed only where it is the same as when the run began.
+        """
+        ...
+
+
 OpenSession = Callable[[RunSettings], Session]
 """What an adapter's registry entry names. Raises ConfigError, LoadError or TraceError."""

@@ -48,11 +48,11 @@ def export(
     """Write a finished run's model for other runtimes, and prove that the file answers alike."""
     from prunus.core.errors import ConfigError
     from prunus.core.export import OUTPUTS, Exporter, Publisher
-    from prunus.core.finished import read_report, settings_for
+    from prunus.core.finished import image_size, read_report, settings_for
 
     if push is not None and (form != "hub" or push.count("/") != 1):
         raise ConfigError(f"--push {push} takes OWNER/NAME, and --format hub", key="push")
-    size = read_report(run).input_size
+    size = image_size(read_report(run))
     settings = settings_for(run, trust, data=data)
     with stdout_for_json(as_json) as out:
         session = _opened(settings, registry, fixed_data=data is not None)

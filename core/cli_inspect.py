@@ -67,15 +67,10 @@ def evaluate(
 ) -> int:
     """Load a finished run and measure its accuracy on the test split."""
     from prunus.core.errors import ConfigError
-    from prunus.core.report import read_report
-    from prunus.core.run_folder import RunFolder
+    from prunus.core.finished import read_report, settings_for
 
-    folder = RunFolder(run)
-    finished = read_report(folder)
-    changed = {k: v for k, v in (("data", data), ("device", device)) if v is not None}
-    settings = folder.read_settings(trust).model_copy(
-        update={**changed, "teachers": (), "pretrained": False, "checkpoint": None}
-    )
+    finished = read_report(run)
+    settings = settings_for(run, trust, data=data, device=device)
     with stdout_for_json(as_json) as out:
         session = _open(settings, registry)
         session.load(run)
@@ -114,11 +109,10 @@ def report(
     as_json: Json = False,
 ) -> int:
     """Show a finished run again, and rebuild its report.html."""
-    from prunus.core.report import read_report
+    from prunus.core.finished import read_report
     from prunus.core.report_page import write_page
-    from prunus.core.run_folder import RunFolder
 
-    finished = read_report(RunFolder(run))
+    finished = read_report(run)
     write_page(finished, run / "report.html")
     if as_json:
         typer.echo(json.dumps(finished.for_scripts()))

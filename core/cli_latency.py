@@ -31,20 +31,19 @@ def latency(
 ) -> int:
     """Time the original model and the pruned one in turns, on this machine."""
     from prunus.core.errors import ConfigError
-    from prunus.core.finished import read_report, settings_for
+    from prunus.core.finished import image_size, read_report, settings_for
     from prunus.core.latency import Stopwatch
     from prunus.core.registry import Registry
 
     finished = read_report(run)
+    size = image_size(finished)
     macs_share = finished.pruned.macs / max(finished.dense.macs, 1)
     settings = settings_for(run, trust, data="none", device=device)
     with stdout_for_json(as_json) as out:
         session: object = Registry.discover(registry or ()).adapter(settings.adapter)(settings)
         if not isinstance(session, Stopwatch):
             raise ConfigError(f"adapter {settings.adapter!r} cannot time models", key="adapter")
-        found = session.compare_latency(
-            run, finished.input_size, batch=batch, threads=threads, repeats=repeats, dtype=dtype
-        )
+        found = session.compare_latency(run, size, batch=batch, threads=threads, repeats=repeats, dtype=dtype)
         if as_json:
             out.write(json.dumps({"run": str(run), **_facts(found, macs_share)}) + "\n")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -283,18 +284,18 @@ def _run(settings: RunSettings, folder: RunFolder, registry: Any, *, resume: boo
     from prunus.core.errors import ProcessError, TrainingError
 
     console = Console(stderr=True)
+    again = f"optimize prune --resume {shlex.quote(str(folder.path))}{' --trust' if settings.code else ''}"
     try:
         with RunDisplay(console) as display:
             return pruning.prune(settings, folder, registry, display, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
-        _tell(console, folder, f"stopped; continue with: optimize prune --resume {folder.path}")
+        _tell(console, folder, f"stopped; continue with: {again}")
         raise
     except OSError as error:
-        again = f"optimize prune --resume {folder.path}"
         _tell(console, folder, f"{error.strerror or error}; what was done is safe. Make room, then: {again}")
         raise
     except ProcessError:
-        _tell(console, folder, f"what was done is safe; continue with: optimize prune --resume {folder.path}")
+        _tell(console, folder, f"what was done is safe; continue with: {again}")
         raise
     except TrainingError:
         _tell(

@@ -33,6 +33,7 @@ from prunus.core.directives import (
     Train,
     Trained,
 )
+from prunus.core.finished import uses
 from prunus.core.report import Depth, Report, Size, Width
 from prunus.core.settings import RunSettings
 
@@ -153,8 +154,9 @@ def summary(report: Report) -> RenderableType:
     next_steps = Table.grid(padding=(0, 2))
     next_steps.add_column()
     next_steps.add_column(overflow="fold")
-    next_steps.add_row("evaluate", f"optimize evaluate {report.run}")
-    next_steps.add_row("in Python", f'prunus.adapters.pytorch.load("{report.run}")')
+    for what, how in uses(report).items():
+        if what != "export":
+            next_steps.add_row(what, how)
     lines: list[RenderableType] = [_sizes(report), _stages(report.widths)]
     lines += [Text(sentence) for sentence in whole_layers(report.depth)]
     lines.append(Text(proof(report)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prunus.core.display import human, proof
+from prunus.core.finished import repeat
 from prunus.core.report import Report
 from prunus.core.toml_text import to_toml
 
@@ -30,13 +31,19 @@ def model_card(report: Report, usage: str, limits: Sequence[str]) -> str:
         f"Input: {' x '.join(map(str, report.input_size))} (channels, height, width), normalised as "
         "`config.json` says under `input`.\n",
         "## How it was made\n",
-        "Save these settings as `run.toml` and run `optimize prune --config run.toml`:\n",
+        _repeated(report),
         f"```toml\n{to_toml(_plain(report.settings)).strip()}\n```\n",
         f"Versions: {', '.join(f'{_line(name)} {_line(v)}' for name, v in report.versions.items())}.\n",
         "## Limits\n",
         "\n".join(f"- {_line(limit)}" for limit in (*_limits(report), *limits, *report.notes)) + "\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _repeated(report: Report) -> str:
+    if repeat(report) is None:
+        return "By `prunus.adapters.pytorch.prune`, with an object as the model and these settings:\n"
+    return "Save these settings as `run.toml` and run `optimize prune --config run.toml`:\n"
 
 
 def _front_matter(report: Report) -> str:

@@ -21,6 +21,10 @@ Value = Scalar | tuple[Scalar | tuple[Scalar, ...], ...]
 """What a Python attribute may hold; lists travel as tuples and stay lists in the module."""
 
 
+UNNAMED = "object:"
+"""Begins the name of a model that was given as an object, in Python; its class follows, for the reader."""
+
+
 class AttributeEdit(BaseModel):
     """A Python attribute that must follow the tensors: `module.attribute` goes from `old` to `new`."""
 

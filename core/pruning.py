@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from prunus.core import latency_target
-from prunus.core.adapter import Description, OpenSession, Session, SharedSession
+from prunus.core.adapter import Description, IdentifiedSession, OpenSession, Session, SharedSession
 from prunus.core.allocation import raise_if_unreachable
 from prunus.core.budget import Budget
 from prunus.core.checkpoints import Checkpoints
@@ -326,7 +326,8 @@ def make_preamble(settings: RunSettings, method: Method, session: Session) -> Pr
 
 def _journal(folder: RunFolder, settings: RunSettings, session: Session) -> Journal:
     follows_from = settings.model_dump(mode="json", exclude={"trust", "workers", "threads", "track"})
-    belongs_to = digest({"settings": follows_from, "graph": session.graph.fingerprint})
+    content = session.content() if isinstance(session, IdentifiedSession) else None
+    belongs_to = digest({"settings": follows_from, "graph": session.graph.fingerprint, "content": content})
     if (folder.journal / "head.json").exists():
         return Journal.open(folder.journal, prunus_version(), belongs_to)
     return Journal.create(folder.journal, prunus_version(), belongs_to)

@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.core.adapter import Description
 from prunus.core.budget import Budget
 from prunus.core.cost import Cost
 from prunus.core.directives import Verification
-from prunus.core.errors import LoadError
 from prunus.core.graph import ChannelGraph
 from prunus.core.history import History
 from prunus.core.latency_target import LatencyResult
-from prunus.core.plugin_settings import first_problem
-from prunus.core.run_folder import RunFolder
 from prunus.core.settings import RunSettings
 
 
@@ -193,11 +190,3 @@ def _met(budget: Budget, pruned: ChannelGraph, latency: LatencyResult | None) ->
     """Latency counts as it was measured, everything else as it was counted."""
     cost = pruned.cost()
     return budget.met(cost if latency is None else replace(cost, latency=latency.pruned))
-
-
-def read_report(folder: RunFolder) -> Report:
-    """The report of a finished run. Raises LoadError naming what is missing or damaged."""
-    try:
-        return Report.model_validate(folder.read_json("report.json"))
-    except ValidationError as error:
-        raise LoadError(f"{folder.path / 'report.json'} is damaged: {first_problem(error)}") from None

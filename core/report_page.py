@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from prunus.core.charts import kept_bars
 from prunus.core.display import duration, human, proof, whole_layers
 from prunus.core.files import write_atomically
+from prunus.core.finished import repeat, uses
 from prunus.core.latency_target import LatencyResult
 from prunus.core.report import Layer, Report, Width
 from prunus.core.report_charts import note_sections, progress_charts, section, single_notes
@@ -52,11 +52,6 @@ def render(report: Report) -> str:
         + "\n".join(part for part in body if part)
         + "\n</body></html>\n"
     )
-
-
-def command(report: Report) -> str:
-    """The command that runs the same again."""
-    return shlex.join(["optimize", "prune", "--config", f"{report.run}/run.toml"])
 
 
 def _lead(report: Report) -> str:
@@ -172,18 +167,12 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _again(report: Report) -> list[str]:
-    folder = shlex.quote(report.run)
-    use = [
-        f"optimize evaluate {folder}",
-        f"optimize export {folder} --format onnx",
-        f'python -c "from prunus.adapters.pytorch import load; print(load({report.run!r}))"',
-    ]
+    command = repeat(report) or "the same call of prunus.adapters.pytorch.prune"
     settings = {key: value for key, value in report.settings.items() if value not in ({}, [], None)}
     return [
-        f"<p>The same run again:</p><pre>{escape(command(report))}</pre>",
-        f"<p>The model it made:</p><pre>{escape(chr(10).join(use))}</pre>",
-        "<details><summary>All settings (the run.toml of that command)</summary>"
-        f"<pre>{escape(to_toml(settings))}</pre></details>",
+        f"<p>The same run again:</p><pre>{escape(command)}</pre>",
+        f"<p>The model it made:</p><pre>{escape(chr(10).join(uses(report).values()))}</pre>",
+        f"<details><summary>All settings (run.toml)</summary><pre>{escape(to_toml(settings))}</pre></details>",
     ]
 
 

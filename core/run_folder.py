@@ -17,6 +17,7 @@ from typing import Any
 
 from prunus.core.errors import ConfigError, JournalError, LoadError, RunExistsError
 from prunus.core.files import write_atomically
+from prunus.core.plan import UNNAMED
 from prunus.core.settings import RunSettings, make_settings, read_settings
 
 _FILES = (
@@ -121,26 +122,26 @@ class RunFolder:
     def read_settings(self, trust: bool) -> RunSettings:
         """The settings the run began with.
 
-        Raises JournalError if there is no run here, ConfigError if they name code and `trust` is false.
+        Raises JournalError if there is no run here, ConfigError if they name code and `trust` is false, or a model
+        that nothing but the program that gave it can make again.
         """
         if not self.settings_file.is_file():
             raise JournalError(f"{self.path} holds no run (there is no run.toml in it)")
         values = read_settings(self.settings_file)
         values.pop("trust", None)
         settings = make_settings({**values, "trust": trust})
-        named = [
-            settings.plugin,
-            settings.importance or "",
-            settings.adapter,
-            settings.model or "",
-            *settings.teachers,
-        ]
-        for name in named:
-            if not trust and ":" in name:
-                raise ConfigError(
-                    f"{self.settings_file} names code to run ({name!r}); pass --trust if you trust its author",
-                    key="trust",
-                )
+        if (settings.model or "").startswith(UNNAMED):
+            raise ConfigError(
+                f"the model of {self.path} was an object in Python and no command can make it again: go on by the "
+                "same call of prune with resume=True, load the result by load(..., original=...)",
+                key="model",
+            )
+        if settings.code and not trust:
+            raise ConfigError(
+                f"{self.settings_file} names code to run ({settings.code[0]!r}); pass --trust if you trust its "
+                "author",
+                key="trust",
+            )
         return settings
 
     def write_json(self, name: str, data: Mapping[str, Any]) -> None:

@@ -138,6 +138,12 @@ class RunSettings(BaseModel):
     def parsed_targets(self) -> tuple[Target, ...]:
         return tuple(Target.parse(text) for text in self.targets)
 
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Names among these settings that import code when they are used: module:Class, python:module:factory."""
+        names = (self.plugin, self.importance or "", self.adapter, self.model or "", *self.teachers)
+        return tuple(name for name in names if ":" in name)
+
     def with_plugin_settings(self, assignments: Sequence[str]) -> RunSettings:
         """These settings with `KEY=VALUE` (the method's) and `importance.KEY=VALUE` (the estimator's) added."""
         config, importance_config = dict(self.config), dict(self.importance_config)

@@ -14,11 +14,11 @@ from prunus.adapters.pytorch.artifact import load
 from prunus.adapters.pytorch.catalog import BuiltModel
 from prunus.adapters.pytorch.defaults import filled
 from prunus.adapters.pytorch.session import PyTorchSession, open_session, output_classes
-from prunus.adapters.pytorch.user_data import GivenInputs, bundle_of, holdout_of
+from prunus.adapters.pytorch.user_data import GIVEN, GivenInputs, bundle_of, holdout_of
 from prunus.adapters.pytorch.verification import prepare
 from prunus.core.errors import ConfigError, LoadError
 from prunus.core.graph import ChannelGraph
-from prunus.core.plan import ModelSource, PruningPlan
+from prunus.core.plan import UNNAMED, ModelSource, PruningPlan
 from prunus.core.pruning import Silent
 from prunus.core.pruning import prune as run_to_the_end
 from prunus.core.registry import Registry
@@ -51,6 +51,7 @@ def prune(
     trained: bool = True,
     output: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     **settings: Any,
 ) -> Pruned:
     """Prune `model` and return the smaller one, with its plan and report, as `optimize prune` does.
@@ -58,8 +59,10 @@ def prune(
     `model` is a name (`timm/resnet18`; then `data=...` names the data) or a module, which is not changed.
     A module needs `example_inputs` (batch of 2) and, unless the method is data-free, `train_data`: a data
     set of (image, label) or its DataLoader; `trained=False` trains it first. Further `settings` are those
-    of `RunSettings`: epochs, lr, seed, device... Raises what `optimize prune` reports: ConfigError,
-    UnreachableTargetError, TraceError, VerificationError, ...
+    of `RunSettings`: epochs, lr, seed, device... With `resume` the run in `output` goes on where it was stopped,
+    and begins if there is none: the same call again, after a crash, ends in the same plan. Raises what
+    `optimize prune` reports: ConfigError, UnreachableTargetError, TraceError, VerificationError, ...; with
+    `resume` JournalError if the run in `output` began with another model, other data or settings.
     """
     fields = {
         **settings,
@@ -76,16 +79,24 @@ def prune(
             session.append(open_session(resolved))
             return session[-1]
     else:
-        chosen = make_settings({**fields, "data": "none" if train_data is None else "given"})
+        chosen = make_settings({**fields, "data": "none" if train_data is None else GIVEN})
         original = model
 
         def opened(resolved: RunSettings) -> PyTorchSession:
             session.append(session_of(original, example_inputs, train_data, test_data, trained, resolved))
             return session[-1]
 
+    if resume and (output is None or overwrite):
+        raise ConfigError("resume=True needs output, the run's folder, and excludes overwrite", key="resume")
     folder = RunFolder(Path(output)) if output is not None else RunFolder(choose_folder(chosen))
     report = run_to_the_end(
-        chosen, folder, Registry.discover(), Silent(), resume=False, overwrite=overwrite, open_session=opened
+        chosen,
+        folder,
+        Registry.discover(),
+        Silent(),
+        resume=resume and folder.settings_file.is_file(),
+        overwrite=overwrite,
+        open_session=opened,
     )
     adapter = session[-1].adapter
     return Pruned(adapter.model.eval(), adapter.plan, report, folder.path)
@@ -109,7 +120,7 @@ def session_of(
     if example_inputs is None:
         raise ConfigError("a module needs example_inputs: a tensor, or the tuple of its arguments")
     inputs = GivenInputs.of(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
-    name = f"object:{type(model).__module__}.{type(model).__qualname__}"
+    name = f"{UNNAMED}{type(model).__module__}.{type(model).__qualname__}"
     settings = filled(settings.model_copy(update={"model": name}))
     bundle = None
     _refuse_what_own_data_decides(settings)

@@ -35,7 +35,7 @@ from prunus.core.export import ExportReport, Parity
 from prunus.core.files import write_atomically
 from prunus.core.finished import read_report
 from prunus.core.model_card import model_card
-from prunus.core.plan import ModelSource, PruningPlan
+from prunus.core.plan import UNNAMED, ModelSource, PruningPlan
 from prunus.core.plugin_settings import first_problem
 
 CONFIG_FILE = "config.json"
@@ -199,10 +199,10 @@ def _limits(plan: PruningPlan) -> Sequence[str]:
     name = plan.model.name
     if name.startswith("python:"):
         return [f"The architecture is built by the code {name}, which is not part of this folder."]
-    if name.startswith("object:"):
+    if name.startswith(UNNAMED):
         return [
             "The architecture has no name: pass a fresh model of it as `original=` to `from_pretrained` "
-            f"(it was a {name.removeprefix('object:')})."
+            f"(it was a {name.removeprefix(UNNAMED)})."
         ]
     library = name.partition("/")[0]
     return [f"Loading builds the architecture with the installed {library}; another version may have changed it."]

@@ -34,6 +34,7 @@ from prunus.adapters.pytorch.handlers import install_handlers
 from prunus.adapters.pytorch.loop_piece import Piece
 from prunus.adapters.pytorch.schedule import total_steps
 from prunus.adapters.pytorch.session import PyTorchSession
+from prunus.adapters.pytorch.user_data import GIVEN
 from prunus.core.budget import Budget
 from prunus.core.directives import Directive, Observation, Snapshot, Train, Trained
 from prunus.core.errors import ConfigError, TrainingError
@@ -275,7 +276,7 @@ def begin(
         "targets": (target,) if isinstance(target, str) else tuple(target),
         "importance": importance,
         "config": dict(config or {}),
-        "data": "given",
+        "data": GIVEN,
         "epochs": epochs,
         "dense_epochs": dense_epochs,
     }

@@ -32,6 +32,8 @@ from prunus.adapters.pytorch.run_state import Remembered
 from prunus.adapters.pytorch.schedule import Schedule
 from prunus.adapters.pytorch.shrinking_model import Origin
 from prunus.adapters.pytorch.trackers import open_trackers
+from prunus.adapters.pytorch.user_data import GIVEN
+from prunus.adapters.pytorch.weights import weights_digest
 from prunus.core.adapter import Description
 from prunus.core.cost import CostTerm
 from prunus.core.digest import digest
@@ -206,6 +208,12 @@ class PyTorchSession:
         if not self.has_labels:
             return None
         return self.adapter.test()
+
+    def content(self) -> str | None:
+        """Of weights that were given; of data sets without a name the number of images."""
+        images = self.describe().images if self.settings.data == GIVEN else None
+        weights = weights_digest(self.adapter.model) if self._built.has_weights else None
+        return digest({"images": images, "weights": weights}) if images or weights else None
 
     def trackers(self, run: str, folder: Path) -> list[Tracker]:
         return open_trackers(self.settings.track, run, folder, self.settings.model_dump(mode="json"))

@@ -17,6 +17,8 @@ from prunus.adapters.pytorch.random_state import seeded
 from prunus.core.cost import IntArray
 from prunus.core.errors import ConfigError, LoadError
 
+GIVEN = "given"
+"""What the setting `data` says of data sets that have no name."""
 _SPLIT_SEED = 0
 
 

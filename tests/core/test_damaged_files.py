@@ -12,9 +12,9 @@ import pytest
 
 from prunus.core.cli import run
 from prunus.core.errors import PrunusError
+from prunus.core.finished import image_size, read_report
 from prunus.core.journal import Journal, read_head
 from prunus.core.plugin_settings import configure
-from prunus.core.report import read_report
 from prunus.core.run_folder import RunFolder
 from prunus.plugins.iterative import Iterative
 
@@ -89,7 +89,7 @@ def test_a_mutated_file_gives_a_typed_error_within_a_second_and_writes_nothing(
                 settings = RunFolder(folder).read_settings(trust=False)
                 configure(Iterative.Config, "iterative", settings.config)
             elif name == "report.json":
-                read_report(RunFolder(folder))
+                image_size(read_report(folder))
             else:
                 Journal.open(folder / "journal", head.version, head.belongs_to)
         except PrunusError as error:
