@@ -1,11 +1,13 @@
 """Models by the names that users type: `timm/...`, `torchvision/...`, `prunus/...`, `python:module:factory`.
 
 Grey images: a timm or prunus model gets a stem for one channel (`in_chans=1`); torchvision's models have no
-such option, so their grey images are repeated to three channels. `BuiltModel.input` says which.
+such option, so their grey images are repeated to three channels. A factory of the user's may take `in_chans`, or
+make a model for the channels of the data. `BuiltModel.input` says which.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +85,7 @@ def build(
         # nothing to try out, and trying takes seconds on a large model
         outputs: int | None = int(module.num_classes)  # type: ignore[arg-type]
     else:
-        outputs = _dry_run(module, spec, name)
+        spec, outputs = _tried(module, spec, in_chans, name)
     if classes is not None and outputs is not None and outputs != classes:
         raise LoadError(f"{name} answers with {outputs} classes, the data has {classes}")
     source = ModelSource(name=name, kwargs=options)
@@ -169,6 +171,19 @@ def _head_tensors(family: Family, short: str, options: dict[str, Any], module: n
     other = family.construct(short, {**options, **more}).state_dict()
     own = module.state_dict()
     return tuple(name for name, value in own.items() if name not in other or other[name].shape != value.shape)
+
+
+def _tried(module: nn.Module, spec: InputSpec, in_chans: int | None, name: str) -> tuple[InputSpec, int | None]:
+    """`spec` and the number of classes; with the data's `in_chans` where the model takes no others."""
+    try:
+        return spec, _dry_run(module, spec, name)
+    except LoadError:
+        if spec.kind != "image" or in_chans is None or in_chans == spec.size[0]:
+            raise
+        other = spec.with_channels(in_chans)
+        with contextlib.suppress(LoadError):
+            return other, _dry_run(module, other, name)
+        raise
 
 
 def _dry_run(module: nn.Module, spec: InputSpec, name: str) -> int | None:

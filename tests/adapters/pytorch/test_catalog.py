@@ -123,17 +123,21 @@ def test_keywords_from_a_file_cannot_reach_for_files_or_code() -> None:
             construct(ModelSource(name=name, kwargs=kwargs))
 
 
-def test_a_python_factory_of_other_classes_than_the_data_is_refused(
+def test_a_python_factory_must_suit_the_classes_and_channels_of_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_own_models.py").write_text(
         "from torch import nn\n"
         "def fixed():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))\n"
+        "def grey():\n    return nn.Sequential(nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
         "def fitting(num_classes, in_chans):\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(in_chans * 64, num_classes))\n"
     )
     monkeypatch.chdir(tmp_path)
     assert "5 classes" in refusal("python:my_own_models:fixed", classes=10, img_size=8)
+    grey = "python:my_own_models:grey"
+    assert build(grey, classes=10, in_chans=1, img_size=8).input.size == (1, 8, 8)
+    assert "3x8x8" in refusal(grey, classes=10, in_chans=3, img_size=8)
     built = build("python:my_own_models:fitting", classes=10, in_chans=1, img_size=8)
     assert built.classes == 10
     assert construct(built.source, allow_python=True)(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
