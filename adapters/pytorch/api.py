@@ -73,13 +73,25 @@ def prune(
     }
     session: list[PyTorchSession] = []
     if isinstance(model, str):
+        objects = {"example_inputs": example_inputs, "train_data": train_data, "test_data": test_data}
+        for key, value in objects.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{key} goes with a module; {model!r} is a name and takes data by name (data=...). For data "
+                    "of your own build the model yourself, for their number of classes, and pass it",
+                    key=key,
+                )
+        if not trained:
+            raise ConfigError(
+                f"trained=False goes with a module; {model!r} is trained if it lacks weights", key="trained"
+            )
         chosen = make_settings({**fields, "model": model})
 
         def opened(resolved: RunSettings) -> PyTorchSession:
             session.append(open_session(resolved))
             return session[-1]
     else:
-        chosen = make_settings({**fields, "data": "none" if train_data is None else GIVEN})
+        chosen = objects_settings(fields, "none" if train_data is None else GIVEN)
         original = model
 
         def opened(resolved: RunSettings) -> PyTorchSession:
@@ -139,6 +151,27 @@ def session_of(
     return session
 
 
+def objects_settings(values: Mapping[str, Any], data: str) -> RunSettings:
+    """Settings of a run on a module, and on data sets if `data` says so.
+
+    Raises ConfigError for one that only names can follow: it would be ignored.
+    """
+    for key, instead in {
+        "pretrained": "load the weights into the module",
+        "checkpoint": "load the weights into the module",
+        "img_size": "example_inputs say it",
+        "adapter": "the module is one of PyTorch",
+    }.items():
+        if values.get(key):
+            raise ConfigError(f"{key} is for a model that has a name, got {values[key]!r}; {instead}", key=key)
+    if values.get("data", data) != data:
+        raise ConfigError(
+            f"data={values['data']!r} is for a model that has a name; give a module its data as train_data",
+            key="data",
+        )
+    return make_settings({**values, "data": data})
+
+
 def _refuse_what_own_data_decides(settings: RunSettings) -> None:
     augmented, counted = "put timm's create_transform into it", "give the part of it that you want"
     for key, instead in {
@@ -164,4 +197,4 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certifi
     return prepare(copy.deepcopy(model), example_inputs, certified=certified).graph
 
 
-__all__ = ["Pruned", "load", "prune", "session_of", "trace"]
+__all__ = ["Pruned", "load", "objects_settings", "prune", "session_of", "trace"]

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from prunus.adapters.pytorch.api import session_of
+from prunus.adapters.pytorch.api import objects_settings, session_of
 from prunus.adapters.pytorch.comparison import evaluating
 from prunus.adapters.pytorch.handlers import install_handlers
 from prunus.adapters.pytorch.loop_piece import Piece
@@ -47,7 +47,7 @@ from prunus.core.report import Report, make_report
 from prunus.core.report_page import write_page
 from prunus.core.run import Conducted, conduct
 from prunus.core.run_folder import RunFolder
-from prunus.core.settings import RunSettings, make_settings
+from prunus.core.settings import RunSettings
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -276,12 +276,11 @@ def begin(
         "targets": (target,) if isinstance(target, str) else tuple(target),
         "importance": importance,
         "config": dict(config or {}),
-        "data": GIVEN,
         "epochs": epochs,
         "dense_epochs": dense_epochs,
     }
     device = str(next(model.parameters()).device)
-    chosen = make_settings({"device": device, **fields})
+    chosen = objects_settings({"device": device, **fields}, GIVEN)
     if any(wanted.quantity == "latency" for wanted in chosen.parsed_targets):
         raise ConfigError("latency targets are for prune(); in a loop of your own set macs, params or size")
     method = find_method(chosen, Registry.discover())
