@@ -18,7 +18,7 @@ from prunus.adapters.pytorch.structural_copy import with_tensors
 from prunus.adapters.pytorch.tracing import Trace, masked_call
 from prunus.adapters.pytorch.tracing.program import Step
 from prunus.core.directives import Verification
-from prunus.core.errors import VerificationError
+from prunus.core.errors import TraceError, VerificationError
 from prunus.core.graph import Keep
 
 TOLERANCE = 1e-4
@@ -52,6 +52,8 @@ def compare(
     worst = _measured(pruned, reference, args)
     if in_double and not _relative(worst) <= tolerance:
         worst = _in_double(pruned, reference, args) or worst
+    if not _relative(worst) <= tolerance and not without:
+        worst = _in_one_batch(pruned, reference, args) or worst
     return verified(
         worst,
         "the pruned model is not the masked one",
@@ -108,6 +110,8 @@ class _Reference:
     tensors: Mapping[str, Tensor]
     keep: Mapping[str, Any]
     without: Collection[str]
+    in_python: bool = False
+    """By the Python code, masked, instead of the captured program."""
 
     def outputs(self, pruned: nn.Module, args: tuple[Any, ...]) -> tuple[Any, Any]:
         """What `pruned` and the masked original answer to `args`.
@@ -115,7 +119,7 @@ class _Reference:
         The reference is the captured program; where that is true for one input alone, the Python code: then
         `pruned` goes the way of its decisions, and what they were taken on belongs to the answers.
         """
-        if not self.trace.program.concrete:
+        if not (self.trace.program.concrete or self.in_python):
             return pruned(*args), self.trace.masked_output(self.tensors, self.keep, args, self.without)
         taken: list[Decision] = []
 
@@ -134,6 +138,23 @@ class _Reference:
 def _measured(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst:
     with torch.no_grad(), evaluating(pruned):
         return distance(*reference.outputs(pruned, args))
+
+
+def _in_one_batch(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst | None:
+    """For a model whose answer to an image depends on the others: the captured program takes them one by one.
+
+    So `pruned` is compared with it on one image, and on all of them with the Python code, masked. None where one
+    is all there is, or the Python code cannot be masked.
+    """
+    program = reference.trace.program
+    one = tuple(x[: program.batch] if isinstance(x, Tensor) and x.dim() else x for x in args)
+    if program.concrete or all(x is y or x.shape == y.shape for x, y in zip(one, args, strict=True)):
+        return None
+    try:
+        together = _measured(pruned, replace(reference, in_python=True), args)
+    except TraceError:
+        return None
+    return max(_measured(pruned, reference, one), together, key=_rank)
 
 
 def _in_double(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst | None:

@@ -155,6 +155,27 @@ def test_a_model_that_selects_by_value_is_compared_through_its_python_code(image
         verify(pruned, prepared, copied_state(model), keep, images)
 
 
+class Coupled(Net):
+    """To every image the same is added: what the body makes of the mean image of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = x + self.body(x.mean(0, keepdim=True)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_images_that_depend_on_each_other_are_compared_in_the_same_batch(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = Coupled().eval()
+    prepared = prepare(net, images[:2])
+    pruned, keep = _pruned(net, prepared)
+    assert verify(pruned, prepared, state_of(net), keep, images[:2]).kind == "exact"
+    with torch.no_grad():
+        pruned.body.weight.mul_(1.01)
+    with pytest.raises(VerificationError, match="is not the masked one"):
+        verify(pruned, prepared, state_of(net), keep, images[:2])
+
+
 def test_a_skeleton_takes_no_memory_and_becomes_the_model_again(net: Net, images: Tensor) -> None:
     bare = skeleton(net.eval())
     assert all(parameter.is_meta for parameter in bare.parameters())
