@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from prunus.adapters.pytorch.weights import tensors_of
 from prunus.core.directives import Evaluated, Train
 
 
@@ -25,7 +26,7 @@ class WeightAverage:
     def update(self) -> None:
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
         # looked up each time: a change of memory layout puts other storage behind a parameter
-        ours, theirs = self._average.state_dict(), self._model.state_dict()
+        ours, theirs = tensors_of(self._average), tensors_of(self._model)
         floating = [name for name, value in ours.items() if value.is_floating_point()]
         torch._foreach_lerp_([ours[name] for name in floating], [theirs[name] for name in floating], 1 - decay)
         for name in ours.keys() - set(floating):

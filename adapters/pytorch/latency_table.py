@@ -19,6 +19,7 @@ from prunus.adapters.pytorch.latency import Clock, computing, measure, own_clock
 from prunus.adapters.pytorch.oracle import Oracle
 from prunus.adapters.pytorch.tracing.program import Step
 from prunus.adapters.pytorch.tracing.trace import Trace
+from prunus.adapters.pytorch.weights import tensors_of
 from prunus.core.allocation import Ladder, ladders
 from prunus.core.graph import ChannelGraph
 from prunus.core.latency import LatencyTable, Monomial, StepTimes, Timing, calibrated, fit_terms, predicted
@@ -113,7 +114,7 @@ def _timed_steps(
     threads: int | None,
     clock: Clock,
 ) -> list[StepTimes]:
-    tensors = model.state_dict()
+    tensors = tensors_of(model)
     steps = [step for step in trace.program.steps if step.target is not None]
     table = np.zeros((len(widths), len(steps)))
     with computing(threads):

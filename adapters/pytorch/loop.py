@@ -35,6 +35,7 @@ from prunus.adapters.pytorch.loop_piece import Piece
 from prunus.adapters.pytorch.schedule import total_steps
 from prunus.adapters.pytorch.session import PyTorchSession
 from prunus.adapters.pytorch.user_data import GIVEN
+from prunus.adapters.pytorch.weights import tensors_of
 from prunus.core.budget import Budget
 from prunus.core.directives import Directive, Observation, Snapshot, Train, Trained
 from prunus.core.errors import ConfigError, TrainingError
@@ -335,8 +336,8 @@ def _average_of(ema: nn.Module | None, model: nn.Module) -> nn.Module | None:
     if ema is None:
         return None
     inner = getattr(ema, "module", ema)
-    theirs = {name: value.shape for name, value in inner.state_dict().items()}
-    if theirs != {name: value.shape for name, value in model.state_dict().items()}:
+    theirs = {name: value.shape for name, value in tensors_of(inner).items()}
+    if theirs != {name: value.shape for name, value in tensors_of(model).items()}:
         raise ConfigError("ema is not an average of this model: names or shapes of its tensors differ")
     assert isinstance(inner, nn.Module)
     return inner

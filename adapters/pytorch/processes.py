@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.shared_norms import SharedNorms
+from prunus.adapters.pytorch.weights import tensors_of
 from prunus.core.errors import MissingDependencyError, ProcessError
 from prunus.core.processes import Place
 
@@ -132,7 +133,7 @@ class SeveralProcesses(Processes):
     def by_first(self, change: Callable[[], _Result], module: nn.Module) -> _Result | None:
         result = change() if self.place.first else None
         with watched():
-            for tensor in module.state_dict().values():
+            for tensor in tensors_of(module).values():
                 dist.broadcast(tensor, 0)
         return result
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.attributes import Bindings, bind_attributes
@@ -18,6 +19,7 @@ from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.structural_copy import skeleton
 from prunus.adapters.pytorch.tracing import Trace, trace_model
 from prunus.core.directives import Verification
+from prunus.core.errors import TraceError
 from prunus.core.graph import ChannelGraph, Keep
 
 
@@ -47,6 +49,7 @@ def prepare(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certi
     if the model cannot be captured.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    _refuse_opaque(model)
     install_handlers(model, needed(model))
     handlers = {path: name for path, module in model.named_modules() if (name := handled_name(module))}
     trace = trace_model(model, args)
@@ -56,6 +59,18 @@ def prepare(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certi
     if certified:
         trace.graph = with_sound_blocks(model, trace, certify(model, trace, bindings, one), one)
     return Prepared(trace, bindings, handlers, skeleton(model))
+
+
+def _refuse_opaque(model: nn.Module) -> None:
+    """Raises TraceError for modules whose code or weights cannot be reached from Python."""
+    for path, module in model.named_modules():
+        where = f"{path or 'the model'} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{where} is compiled by torch.jit; prune the model that it was made from, then compile"
+            )
+        if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
+            raise TraceError(f"{where} is quantized; prune the model that it was made from, then quantize")
 
 
 def verify(

@@ -31,11 +31,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise LoadError(f"{path} cannot be read as safetensors: {error}") from error
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Of the `state_dict`, which may hold a module's extra state as well: an object of its own making."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
 def untied_state(model: nn.Module) -> dict[str, Tensor]:
-    """`state_dict` with every shared tensor under its first name only."""
+    """The tensors of `state_dict`, every shared one under its first name only."""
     seen: set[tuple[int, int, tuple[int, ...]]] = set()
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors_of(model).items():
         key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         if tensor.numel() and key in seen:
             continue
@@ -45,9 +50,9 @@ def untied_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of every tensor in the model's `state_dict`."""
+    """SHA-256 over names, types, shapes and bytes of all parameters and buffers."""
     hasher = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         plain = tensor.detach().cpu().contiguous()
         hasher.update(f"{name} {plain.dtype} {tuple(plain.shape)};".encode())
         hasher.update(plain.reshape(-1).view(torch.uint8).numpy().data)
@@ -59,7 +64,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) 
 
     Raises LoadError that names the first difference; the model is then unchanged.
     """
-    own = model.state_dict()
+    own = tensors_of(model)
     unknown = [name for name in tensors if name not in own]
     if unknown:
         raise LoadError(f"{origin}: the model has no tensor named {unknown[0]!r}")

@@ -1,4 +1,4 @@
-"""What a call from Python would ignore is refused: names beside objects, objects beside names."""
+"""Models and data given as objects: what cannot be followed is refused, what would be ignored, too."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from prunus.adapters.pytorch import begin, prune
-from prunus.core.errors import ConfigError
+from prunus.adapters.pytorch import begin, load, prune
+from prunus.core.errors import ConfigError, TraceError
 
 IMAGES = torch.zeros(40, 3, 8, 8)
 DATA = TensorDataset(IMAGES, torch.arange(40) % 2)
@@ -59,3 +59,42 @@ def test_a_module_may_say_that_it_has_no_data(tmp_path: Path) -> None:
     ranked = {"plugin": "one-shot", "importance": "magnitude", "target": "macs=60%", "output": tmp_path / "run"}
     pruned = prune(_module(), IMAGES[:2], data="none", **ranked)
     assert pruned.report.data == "none"
+
+
+class Remembering(nn.Module):
+    """Keeps an object in its state dict that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(images).mean((2, 3)))
+        return out
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"recipe": "mine"}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        assert state == {"recipe": "mine"}
+
+
+def test_state_that_is_no_tensor_is_left_to_the_class_that_keeps_it(tmp_path: Path) -> None:
+    trains = {"epochs": 1, "batch_size": 6, "lr": 0.01, "model_ema": True, "output": tmp_path / "run"}
+    pruned = prune(Remembering(), IMAGES[:2], train_data=DATA, plugin="iterative", target="macs=60%", **trains)
+    again = load(tmp_path / "run", original=Remembering())
+    assert torch.equal(again(IMAGES[:2]), pruned.model(IMAGES[:2]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["compiled by torch.jit", "quantized"])
+def test_a_model_out_of_pythons_reach_is_refused_with_what_to_do(kind: str) -> None:
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    if kind == "quantized":
+        last = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 2)), dtype=torch.qint8)
+    else:
+        convolution, last = torch.jit.script(convolution), nn.Linear(8, 2)
+    model = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+    with pytest.raises(TraceError, match=rf"is {kind}; prune the model that it was made from, then"):
+        prune(model, IMAGES[:2], plugin="one-shot", importance="magnitude")
