@@ -41,7 +41,7 @@ def untied_state(model: nn.Module) -> dict[str, Tensor]:
     seen: set[tuple[int, int, tuple[int, ...]]] = set()
     state = {}
     for name, tensor in tensors_of(model).items():
-        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        key = (tensor.data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
         if tensor.numel() and key in seen:
             continue
         seen.add(key)
