@@ -135,6 +135,8 @@ class DirectiveRules:
         self._layers(directive)
         if directive.within is None and (directive.blocks or directive.kernels):
             self._fail("blocks and kernels go from a sub-network", "Evaluate.within is None.")
+        if directive.within is not None:
+            self._merged_before(directive.refit)
 
     def _grow(self, directive: Grow) -> None:
         self._number(directive.noise, "Grow.noise", 0.0, 1.0)
@@ -167,10 +169,7 @@ class DirectiveRules:
         for name, branches in self._branched().items():
             if branches <= set(directive.blocks):
                 self._fail("one branch of every convolution stays", f"All of {name!r} would go.")
-        if self._branched() and directive.refit != "none":
-            self._fail(
-                "branches are merged before anything is refitted", f"It asked for refit={directive.refit!r}."
-            )
+        self._merged_before(directive.refit)
         self._gates(directive.gates, "gates", 2.0)
         self._gates(directive.survival, "survival", 1.0)
 
@@ -184,6 +183,10 @@ class DirectiveRules:
             for name in names:
                 if name not in known:
                     self._fail(f"{kind}.{what} names {what} of the current graph", f"There is no {name!r}.")
+
+    def _merged_before(self, refit: str) -> None:
+        if self._branched() and refit != "none":
+            self._fail("branches are merged before anything is refitted", f"It asked for refit={refit!r}.")
 
     def _branched(self) -> dict[str, set[str]]:
         """Convolution -> its branches that are left."""

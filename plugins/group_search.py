@@ -197,7 +197,8 @@ class GroupSearch:
             return "weight"
         if self.config.source != "auto":
             return self.config.source
-        return "conditional" if self.choice.names else "refitted"
+        branched = any(block.of is not None for block in self.graph.blocks.values())
+        return "conditional" if self.choice.names or branched else "refitted"  # nothing with branches is refitted
 
     def coefficients(
         self,

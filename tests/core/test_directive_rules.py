@@ -184,6 +184,7 @@ def test_branches_are_merged_before_a_refit_and_one_of_them_stays() -> None:
             Remove({}, blocks=("block0.conv1.a",), refit="sequential"),
             "merged before anything",
         ),
+        (running, Evaluate(within={}, refit="sequential"), "merged before anything"),
         (
             running,
             Remove({}, blocks=("block0.conv1.a", "block0.conv1.b")),

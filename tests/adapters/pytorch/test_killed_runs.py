@@ -41,7 +41,7 @@ COMMON = ("prune", "--model", "prunus/resnet8", "--data", "digits", "--train-lim
 TRAINING = ("--dense-epochs", "2", "--threads", "1", "--target", "macs=50%")
 METHODS = {
     "gsm-anneal": ("--epochs", "4"),
-    "gsm-anneal branches": ("--epochs", "4", "--set", "expansion=branches"),
+    "gsm-anneal branches": ("--epochs", "4", "--set", "expansion=branches", "--set", "sensitivity=yes"),
     "bayes-reparam": ("--epochs", "4"),
     "joint-search": ("--epochs", "6", "--set", "evaluations=6"),
     "iterative": ("--epochs", "4", "--depth"),
