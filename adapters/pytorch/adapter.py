@@ -379,8 +379,9 @@ class PyTorchAdapter:
             self._target = Remembered(copy.deepcopy(self.model), self.plan, self.forward_macs)
         dense, since = self.shrinking.since(self._target.plan, plan)
         batches = self._split("calibration").part(images)
-        kept, model, trains = dense.kept_indices(since), self._target.model, self.settings.trains
-        done = refit(small, model, dense, kept, batches, mode, survival, trains=trains, progress=self._stepped)
+        kept, places = dense.kept_indices(since), self.shrinking.places(self._target.plan, plan)
+        trained, how = self._target.model, {"trains": self.settings.trains, "progress": self._stepped}
+        done = refit(small, trained, dense, kept, batches, mode, survival, places=places, **how)
         if done.skipped and small is self.model:
             self._notice(done.left_out)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.comparison import state_of
+from prunus.adapters.pytorch.tracing import Trace
+from prunus.adapters.pytorch.tracing.program import Step
 from prunus.core.cost import FloatArray, IntArray
 from prunus.core.graph import Axis, ChannelGraph, Keep
 from prunus.core.plan import PruningPlan
@@ -36,6 +38,30 @@ def kept_since(earlier: PruningPlan, later: PruningPlan) -> dict[str, IntArray]:
         name: np.searchsorted(np.asarray(earlier.keep[name], dtype=np.int64), units)
         for name, units in kept_of(later).items()
     }
+
+
+def kept_places(trace: Trace, earlier: PruningPlan, later: PruningPlan) -> dict[str, tuple[IntArray | None, ...]]:
+    """Linear layers whose positions are channels (token mixing works on transposed maps), by their weights.
+
+    For every axis of the layer's output between images and features, what `later` keeps of its entries in the
+    model of `earlier`; None for all. `trace` is that of the traced model, in whose units both plans are.
+    """
+    found = {}
+    for step in trace.program.steps:
+        weight = step.arguments.get("weight") if step.op == "aten.linear" else None
+        if isinstance(weight, Step) and weight.op == "tensor":
+            axes = [_kept_of_axis(trace, ids, earlier, later) for ids in trace.labels[step][1:-1]]
+            if any(axis is not None for axis in axes):
+                found[weight.name] = tuple(axes)
+    return found
+
+
+def _kept_of_axis(trace: Trace, ids: IntArray | None, earlier: PruningPlan, later: PruningPlan) -> IntArray | None:
+    if ids is None:
+        return None
+    before, after = (trace.grouping.alive(ids, kept_of(plan)) for plan in (earlier, later))
+    left = after[before]
+    return None if left.all() else np.flatnonzero(left)
 
 
 def of_kept(values: Mapping[str, FloatArray] | None, keep: Keep) -> dict[str, FloatArray] | None:

@@ -8,7 +8,7 @@ statistics only (`channel_refit`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
@@ -73,6 +73,7 @@ def refit(
     mode: Refit,
     survival: Mapping[str, FloatArray] | None = None,
     *,
+    places: Mapping[str, Sequence[IntArray | None]] | None = None,
     share: float | None = None,
     trains: bool = True,
     progress: Callable[[Progress], None] | None = None,
@@ -80,7 +81,9 @@ def refit(
     """Refits `pruned`, in place, to the function of `dense`; module names must agree, blocks may be missing.
 
     `graph` and `kept_indices` (axis -> indices that stay) are those of the dense model. `survival`:
-    group -> (units of `graph`,), the probability that a unit goes next. The weights that `pruned` has are
+    group -> (units of `graph`,), the probability that a unit goes next. `places`: weight of a linear layer that
+    runs over channels -> for every axis of its output between images and features, the entries that stay, None
+    for all. The weights that `pruned` has are
     what the ridge pulls towards; its strength is `share` of the mean diagonal, or, if None, the one that
     predicts held-out images best (`sequential`) and, if the model `trains` afterwards, keeps the norm of a
     layer's weights within `GROWTH`: larger ones predict better and fall apart in training. Where nothing was
@@ -94,7 +97,7 @@ def refit(
         return Refitted()
     images, growth = _images(pruned, dense, batches), GROWTH if trains else inf
     with measuring(pruned, dense):
-        layers, skipped = find_layers(pruned, dense, graph, kept_indices, survival or {}, images[:2])
+        layers, skipped = find_layers(pruned, dense, graph, kept_indices, survival or {}, images[:2], places or {})
         if mode == "sequential":
             changed = _sequential(pruned, dense, layers, images, share, growth, progress)
         else:
@@ -184,6 +187,7 @@ def _dense_outputs(dense: nn.Module, layers: list[Layer], images: Tensor) -> dic
     def after(layer: Layer, seed: int) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             wide = layer.pruned.weight[0].numel() > WIDEST
+            output = layer.of_kept_places(output)
             where = sample(layer.dense, output, min(limit, NARROW) if wide else limit, seed)
             parts = outputs(layer.dense, output, where)
             targets[layer.name] = where, torch.cat([layer.of_kept_outputs(part) for part in parts])

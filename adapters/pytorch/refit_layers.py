@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,9 @@ class Layer:
     """(inputs of a group,): p / (1 - p) of vanishing, or None."""
     norm: nn.Module | None = None
     """The batch norm that takes the layer's output as it is."""
+    kept_places: Sequence[IntArray | None] = ()
+    """Of a linear layer that runs over channels: what is left of each axis of its output between images and
+    features; None if all is."""
 
     @property
     def shiftable(self) -> bool:
@@ -63,6 +66,13 @@ class Layer:
     def of_kept_outputs(self, values: Tensor) -> Tensor:
         """(rows, dense outputs) -> (rows, outputs that are left)."""
         return values if self.kept_outputs is None else values[:, self.kept_outputs.to(values.device)]
+
+    def of_kept_places(self, output: Tensor) -> Tensor:
+        """The dense layer's output at the positions that the pruned one has, too."""
+        for axis, kept in enumerate(self.kept_places, start=1):
+            if kept is not None:
+                output = output.index_select(axis, torch.from_numpy(kept).to(output.device))
+        return output
 
     def of_kept_rows(self, weight: Tensor) -> Tensor:
         """(dense groups, outputs of a group, values) -> the same of what is left."""
@@ -104,6 +114,7 @@ def find_layers(
     kept_indices: Mapping[Axis, IntArray],
     survival: Mapping[str, FloatArray],
     images: Tensor,
+    places: Mapping[str, Sequence[IntArray | None]],
 ) -> tuple[list[Layer], dict[str, str]]:
     """The layers that can be refitted, and those with removed inputs that cannot, with the reason."""
     skipped: dict[str, str] = {}
@@ -131,6 +142,7 @@ def find_layers(
             _tensor(kept_in),
             _odds(graph, (weight_name, 1), kept_in, survival),
             norms.get(module),
+            places.get(weight_name, ()),
         )
         if not found.mixes:
             continue

@@ -27,7 +27,7 @@ from prunus.adapters.pytorch.branching import (
 )
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.kernels import close_taps, find_kernels
-from prunus.adapters.pytorch.lineage import kept_of, kept_since, scattered, shapes_of
+from prunus.adapters.pytorch.lineage import kept_of, kept_places, kept_since, scattered, shapes_of
 from prunus.adapters.pytorch.optimizer_state import adopt, carry_state, drop_state
 from prunus.adapters.pytorch.structural_copy import structural_copy
 from prunus.adapters.pytorch.tracing import Trace
@@ -273,6 +273,10 @@ class ShrinkingModel:
     def since(self, earlier: PruningPlan, later: PruningPlan) -> tuple[ChannelGraph, dict[str, IntArray]]:
         """The graph of the model of `earlier`, and what `later` keeps of its units."""
         return self._graph_of(earlier), kept_since(earlier, later)
+
+    def places(self, earlier: PruningPlan, later: PruningPlan) -> dict[str, tuple[IntArray | None, ...]]:
+        """Of linear layers that run over channels, which of them `later` keeps in the model of `earlier`."""
+        return kept_places(self.trace, earlier, later)
 
     def _graph_of(self, plan: PruningPlan) -> ChannelGraph:
         graph = self.base.restrict(kept_of(plan)).without_blocks(plan.removed_blocks)
