@@ -380,8 +380,8 @@ class PyTorchAdapter:
         dense, since = self.shrinking.since(self._target.plan, plan)
         batches = self._split("calibration").part(images)
         kept, places = dense.kept_indices(since), self.shrinking.places(self._target.plan, plan)
-        trained, how = self._target.model, {"trains": self.settings.trains, "progress": self._stepped}
-        done = refit(small, trained, dense, kept, batches, mode, survival, places=places, **how)
+        model, trains, told = self._target.model, self.settings.trains, self._stepped
+        done = refit(small, model, dense, kept, batches, mode, survival, places, trains=trains, progress=told)
         if done.skipped and small is self.model:
             self._notice(done.left_out)
 
