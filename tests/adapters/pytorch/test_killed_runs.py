@@ -144,12 +144,11 @@ def test_a_run_killed_at_random_moments_ends_in_the_plan_and_weights_of_an_undis
         assert _outcome(folder) == _outcome(whole), f"killed after {moment:.2f} s of {duration:.2f} s"
 
 
-@pytest.mark.parametrize("plugin", ["gsm-anneal", "iterative"])
 def test_a_run_that_leaves_everything_to_the_defaults_is_resumed_to_the_same_end(
-    plugin: str, runs: Runs, tmp_path: Path
+    runs: Runs, tmp_path: Path
 ) -> None:
     """Nothing is said of epochs: the data's own are what the run begins with and what is read back."""
-    words = (*COMMON, "--plugin", plugin, "--threads", "1", "--json", "--output")
+    words = (*COMMON, "--plugin", "one-shot", "--threads", "1", "--json", "--output")
     assert runs(*words, str(tmp_path / "whole")) == 0, runs.said.read_text()
     for dead, reached in enumerate(("000000.json", "000003.json")):
         folder = tmp_path / f"{dead}"
