@@ -25,9 +25,9 @@ class Piece:
 
     def __init__(self, directive: Train, total: int, steps_per_epoch: int, adapter: PyTorchAdapter) -> None:
         self.directive, self.total, self.done = directive, total, 0
-        model, graph = adapter.model, adapter.graph
-        gating = Gating(model, graph, directive.gates) if directive.gates is not None else None
-        decay = UnitDecay(model, graph, directive.decay) if directive.decay else None
+        model, wiring = adapter.model, adapter.shrinking.wiring
+        gating = Gating(model, wiring, directive.gates) if directive.gates is not None else None
+        decay = UnitDecay(model, wiring, directive.decay) if directive.decay else None
         self.hooks = LoopHooks(model, adapter.optimizer, gating, decay)
         self._teachers = adapter.teachers(directive)
         self._taught = False

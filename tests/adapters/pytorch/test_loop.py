@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from prunus.adapters.pytorch import begin, load, prune
+from prunus.adapters.pytorch.branching import branched_convs
 from prunus.adapters.pytorch.loop import LoopRun
 from prunus.adapters.pytorch.schedule import epoch_seed
 from prunus.adapters.pytorch.user_data import bundle_of
@@ -218,6 +219,33 @@ def test_average_scheduler_and_scaler_go_on_through_removals(trained: nn.Module)
         assert int(state["step"]) == taken - 1
     x, y = next(iter(DataLoader(part(900, 400), batch_size=400)))
     assert (ema.module(x).argmax(1) == y).float().mean() > 0.5
+
+
+def test_branches_come_and_go_with_optimizer_and_average(trained: nn.Module) -> None:
+    model = copy.deepcopy(trained)
+    optimizer, ema = sgd(model), ModelEmaV3(model, decay=0.9)
+    config = {"expansion": "branches", "round_share": 0.8, "distil": "never", "sensitivity": "yes"}
+    run = start(model, optimizer, plugin="gsm-anneal", config=config, epochs=4.0, ema=ema)
+    model.train()
+    ran_as_branches = 0
+    for x, y in steps():
+        if run.done:
+            break
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        ema.update(model)
+        ran_as_branches += bool(branched_convs(model))
+        run.step(0.5)
+        mine = {id(p) for p in model.parameters() if p.requires_grad}  # an identity stays one
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == mine
+        shapes = [{name: v.shape for name, v in module.state_dict().items()} for module in (ema.module, model)]
+        assert shapes[0] == shapes[1]
+    assert ran_as_branches > 5
+    assert not branched_convs(model)
+    report = run.finish().report
+    assert report.target_met
+    assert report.verification.max_error <= 1e-4 * report.verification.scale
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch(trained: nn.Module) -> None:
