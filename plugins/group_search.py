@@ -159,12 +159,15 @@ class GroupSearch:
         measured = signals_of((yield request))
         energies = Energies(self.graph, measured, source)
         evidence = LayerEvidence(self.graph, self.choice, measured)
-        if energies.assumed_variance:
-            yield Note("energies", {"source": source, "variance": "1 where no activations were measured"})
+        weights: dict[str, FloatArray] = {}
+        moments: dict[str, FloatArray] = {}
         if trials:
             weights = {name: measured.read(Signal.WEIGHT, name) for name in sliced_weights(self.graph)}
             moments = PooledMoments().add(self.graph, measured)
-            del measured
+        del measured  # gigabytes; and after the next directive nothing can be read
+        if energies.assumed_variance:
+            yield Note("energies", {"source": source, "variance": "1 where no activations were measured"})
+        if trials:
             trial = config.trial(self.gone, config.images)
             alone = yield from measure_sensitivity(self.graph, weights, moments, _RIDGE, trial)
             self.sensitivity = {name: k**_TRUST for name, k in alone.items()}

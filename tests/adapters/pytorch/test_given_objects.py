@@ -98,3 +98,31 @@ def test_a_model_out_of_pythons_reach_is_refused_with_what_to_do(kind: str) -> N
     model = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
     with pytest.raises(TraceError, match=rf"is {kind}; prune the model that it was made from, then"):
         prune(model, IMAGES[:2], plugin="one-shot", importance="magnitude")
+
+
+class Attending(nn.Module):
+    """What enters nn.MultiheadAttention's projections is not measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, 4, 4)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.hidden, self.head = nn.Linear(12, 16), nn.Linear(16, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        out: Tensor = self.head(self.hidden(tokens).relu().mean(1))
+        return out
+
+
+@pytest.mark.parametrize("plugin", ["gsm-anneal", "bayes-reparam"])
+def test_widths_are_tried_beside_layers_whose_inputs_nobody_measures(plugin: str, tmp_path: Path) -> None:
+    config = {"sensitivity": "yes", "sweeps": 1}
+    trains = {"epochs": 1, "batch_size": 6, "lr": 0.01, "output": tmp_path / "run"}
+    pruned = prune(
+        Attending(), IMAGES[:2], train_data=DATA, plugin=plugin, target="macs=60%", config=config, **trains
+    )
+    assert pruned.report.target_met
+    noted = {row.get("kind") for row in pruned.report.history} | {row.get("note") for row in pruned.report.history}
+    assert noted & {"energies", "covariance-missing"}
