@@ -216,10 +216,10 @@ class BranchedConv2d(nn.Module):
         merged = len(first.conv.weight) * first.reads()[0].in_channels * self.merged_size**2
         return taken - merged * prod(size_out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         total: Tensor | None = None
         for branch in self.branches.values():
-            y = branch(x)
+            y = branch(input)
             total = y if total is None else total + y
         assert total is not None
         return total if self.bias is None else total + self.bias[:, None, None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunus.adapters.pytorch.branches import Branch, BranchedConv2d, affine
 from prunus.adapters.pytorch.comparison import distance, evaluating, verified
+from prunus.adapters.pytorch.patches import layer_input
 from prunus.adapters.pytorch.signals import Batch, images_of, measuring
 from prunus.core.blocks import Block
 from prunus.core.directives import Verification
@@ -248,13 +249,13 @@ def extra_macs(model: nn.Module, args: tuple[Any, ...]) -> float:
     """MACs of one forward pass of one image, `args`, that branches take and their merged kernels would not."""
     total = 0
 
-    def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def look(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
         nonlocal total
         assert isinstance(module, BranchedConv2d)
-        (_, _, *into), (_, _, *out) = args[0].shape, output.shape
+        (_, _, *into), (_, _, *out) = layer_input(args, kwargs).shape, output.shape
         total += module.extra_macs((into[0], into[1]), (out[0], out[1]))
 
-    handles = [module.register_forward_hook(look) for module in branched_convs(model).values()]
+    handles = [module.register_forward_hook(look, with_kwargs=True) for module in branched_convs(model).values()]
     if not handles:
         return 0.0
     try:

@@ -7,14 +7,14 @@ Border effects of padding and errors of earlier layers are not seen; `sequential
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.covariance import Moments
-from prunus.adapters.pytorch.patches import weight_rows
+from prunus.adapters.pytorch.patches import layer_input, weight_rows
 from prunus.adapters.pytorch.refit_layers import Layer
 from prunus.adapters.pytorch.regression import RIDGE, bounded_share, ridge
 from prunus.core.errors import TrainingError
@@ -73,7 +73,7 @@ def _collect(dense: nn.Module, layers: list[Layer], images: Tensor, mode: str) -
     for layer in layers:
         width = layer.dense.weight.shape[1]
         moments = Moments(width, layer.slots_of_dense, full=_squared(layer, mode))
-        handles.append(layer.dense.register_forward_pre_hook(_observer(layer, moments)))
+        handles.append(layer.dense.register_forward_pre_hook(_observer(layer, moments), with_kwargs=True))
         found.append((layer, moments))
     try:
         dense(images)
@@ -83,11 +83,11 @@ def _collect(dense: nn.Module, layers: list[Layer], images: Tensor, mode: str) -
     return found
 
 
-def _observer(layer: Layer, moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _observer(layer: Layer, moments: Moments) -> Callable[..., None]:
     shape = (-1, layer.slots_of_dense, layer.dense.weight.shape[1])
 
-    def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        for part in args[0].split(32):
+    def observe(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> None:
+        for part in layer_input(args, kwargs).split(32):
             channels_last = part if isinstance(module, nn.Linear) else part.flatten(2).transpose(1, 2)
             moments.add(channels_last.reshape(shape))
 

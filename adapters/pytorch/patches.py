@@ -7,9 +7,10 @@ the layer, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,12 @@ def reader(module: nn.Module) -> Reader | None:
     """
     plain = type(module).forward in {kind.forward for kind in _PLAIN}
     return module if plain and "weight" in module._parameters else None  # type: ignore[return-value]
+
+
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with, `layer(x)` or `layer(input=x)`; for hooks, registered `with_kwargs`."""
+    given: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return given
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunus.adapters.pytorch.channel_refit import refit_by_channels
 from prunus.adapters.pytorch.covariance import Moments
-from prunus.adapters.pytorch.patches import Sample, outputs, rows, sample, weight_rows
+from prunus.adapters.pytorch.patches import Sample, layer_input, outputs, rows, sample, weight_rows
 from prunus.adapters.pytorch.progress import Progress
 from prunus.adapters.pytorch.refit_layers import Layer, find_layers
 from prunus.adapters.pytorch.regression import GROWTH
@@ -158,17 +158,18 @@ def _sequential(
     total = len(targets)
     changed: list[str] = []
 
-    def before(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def before(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> None:
             where, wanted = targets.pop(layer.name)
-            if _regress(layer, args[0], where, wanted, share, growth):
+            if _regress(layer, layer_input(args, kwargs), where, wanted, share, growth):
                 changed.append(layer.name)
             if progress is not None:
                 progress(Progress("refit", total - len(targets), total))
 
         return hook
 
-    handles = [layer.pruned.register_forward_pre_hook(before(layer)) for layer in layers if layer.name in targets]
+    ahead = [layer for layer in layers if layer.name in targets]
+    handles = [layer.pruned.register_forward_pre_hook(before(layer), with_kwargs=True) for layer in ahead]
     try:
         pruned(images)
     finally:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunus.adapters.pytorch.patches import Reader, reader
+from prunus.adapters.pytorch.patches import Reader, layer_input, reader
 from prunus.core.cost import FloatArray, IntArray
 from prunus.core.graph import Axis, ChannelGraph
 
@@ -167,10 +167,10 @@ def calls_and_norms(
         if output.dim() == 2 or not isinstance(module, nn.Linear):  # channels on axis 1, as norms have them
             made.append((output, module))
 
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> None:
         calls[module] = calls.get(module, 0) + 1
         for output, layer in reversed(made):
-            if args and output is args[0]:
+            if output is layer_input(args, kwargs):
                 norms[layer] = module
                 return
 
@@ -179,7 +179,7 @@ def calls_and_norms(
         if reader(module) is not None:
             handles.append(module.register_forward_hook(after))
         elif isinstance(getattr(module, "running_mean", None), Tensor):
-            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     try:
         model(*args)
     finally:

@@ -21,6 +21,7 @@ from prunus.adapters.pytorch.comparison import evaluating
 from prunus.adapters.pytorch.covariance import Moments
 from prunus.adapters.pytorch.gates import named_tensors
 from prunus.adapters.pytorch.gating import Gating
+from prunus.adapters.pytorch.patches import layer_input
 from prunus.adapters.pytorch.processes import ALONE, Processes
 from prunus.core.cost import FloatArray
 from prunus.core.errors import ConfigError, PlanError, TrainingError
@@ -101,7 +102,7 @@ class MeasuredSignals:
             width = weight.shape[1]
             moments[name] = Moments(width, full=self._full and width <= COVARIANCE_LIMIT)
             for module in self._readers[name]:
-                handles.append(module.register_forward_pre_hook(_observer(moments[name], width)))
+                handles.append(module.register_forward_pre_hook(_observer(moments[name], width), with_kwargs=True))
         try:
             with measuring(self._model), Gating(self._model, self._graph, self._gates), torch.no_grad():
                 for batch in self._batches:
@@ -247,9 +248,9 @@ def _chunks(widths: Mapping[str, int], full: bool, budget: int) -> tuple[tuple[s
     return tuple(tuple(chunk) for chunk in chunks)
 
 
-def _observer(moments: Moments, width: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach()
+def _observer(moments: Moments, width: int) -> Callable[..., None]:
+    def observe(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> None:
+        x = layer_input(args, kwargs).detach()
         if isinstance(module, _ConvNd):
             spatial = len(module.kernel_size)
             x = x.reshape(-1, width, *x.shape[x.dim() - spatial :]).flatten(2).transpose(1, 2)
