@@ -73,11 +73,18 @@ class Budget:
 
     @classmethod
     def resolve(cls, targets: Iterable[Target], dense: Cost) -> Budget:
-        """A share is a share of `dense`, the original model, also when a method grows it first."""
+        """A share is a share of `dense`, the original model, also when a method grows it first.
+
+        Raises ConfigError for a share of nothing.
+        """
         limits: dict[Quantity, float] = {}
         chosen = tuple(targets)
         for target in chosen:
             whole = float(getattr(dense, target.quantity))
+            if target.share is not None and not whole:
+                raise ConfigError(
+                    f"target {target.text!r} is a share of nothing: the model has none", key="target"
+                )
             limit = target.amount if target.share is None else target.share * whole
             assert limit is not None
             limits[target.quantity] = min(limit, limits.get(target.quantity, float("inf")))

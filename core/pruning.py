@@ -272,6 +272,8 @@ def make_task(settings: RunSettings, method: Method, session: Session, whole: Co
     graph = session.graph
     budget = Budget.resolve(settings.parsed_targets, whole)
     raise_if_unreachable(graph, budget)
+    if not (graph.prunable or graph.blocks or graph.kernels):
+        raise ConfigError("nothing of this model can be removed (optimize inspect says why)", key="model")
     task = PruningTask(
         graph=graph,
         budget=budget,

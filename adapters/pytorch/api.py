@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from prunus.adapters.pytorch.catalog import BuiltModel
 from prunus.adapters.pytorch.defaults import filled
 from prunus.adapters.pytorch.session import PyTorchSession, open_session, output_classes
 from prunus.adapters.pytorch.user_data import GIVEN, GivenInputs, bundle_of, holdout_of
-from prunus.adapters.pytorch.verification import prepare
+from prunus.adapters.pytorch.verification import prepare, refuse_opaque
 from prunus.core.errors import ConfigError, LoadError
 from prunus.core.graph import ChannelGraph
 from prunus.core.plan import UNNAMED, ModelSource, PruningPlan
@@ -129,18 +130,25 @@ def session_of(
 
     `holdout_data` replaces the part of `train_data` that would be held out.
     """
-    if example_inputs is None:
-        raise ConfigError("a module needs example_inputs: a tensor, or the tuple of its arguments")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model must be a module or a name, got {model!r:.80}", key="model")
+    if not isinstance(example_inputs, Tensor | tuple):
+        given = "" if example_inputs is None else f", got {type(example_inputs).__name__}"
+        raise ConfigError(f"a module needs example_inputs: a tensor, or the tuple of its arguments{given}")
+    refuse_opaque(model)
     inputs = GivenInputs.of(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,))
     name = f"{UNNAMED}{type(model).__module__}.{type(model).__qualname__}"
     settings = filled(settings.model_copy(update={"model": name}))
     bundle = None
     _refuse_what_own_data_decides(settings)
     if train_data is not None:
-        bundle = bundle_of(train_data, test_data, holdout=settings.holdout, batch_size=settings.batch_size)
+        _takes_images_alone(model)
+        given = inputs.images
+        kept_back, size = settings.holdout, settings.batch_size
+        bundle = bundle_of(train_data, test_data, like=given, holdout=kept_back, batch_size=size)
         if holdout_data is not None:
-            size = settings.batch_size or 64
-            bundle = replace(bundle, holdout=holdout_of(holdout_data, bundle.classes, batch_size=size))
+            judged = holdout_of(holdout_data, bundle.classes, like=given, batch_size=size or 64)
+            bundle = replace(bundle, holdout=judged)
     own = model if in_place else copy.deepcopy(model)
     fresh = copy.deepcopy(model)
     outputs = output_classes(copy.deepcopy(fresh), inputs.args) if bundle is not None else None
@@ -149,6 +157,16 @@ def session_of(
     if bundle is not None and outputs is not None and outputs < bundle.classes:
         raise LoadError(f"train_data has a class {bundle.classes - 1}, the model knows 0..{outputs - 1}")
     return session
+
+
+def _takes_images_alone(model: nn.Module) -> None:
+    """Raises ConfigError if data sets of images cannot feed the model."""
+    try:
+        signature(model.forward).bind(None)
+    except TypeError as error:
+        raise ConfigError(
+            f"train_data feeds the model with images alone, and its forward cannot do with them: {error}"
+        ) from None
 
 
 def objects_settings(values: Mapping[str, Any], data: str) -> RunSettings:

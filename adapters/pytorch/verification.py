@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from prunus.adapters.pytorch.attributes import Bindings, bind_attributes
 from prunus.adapters.pytorch.blocks import with_sound_blocks
@@ -49,7 +50,7 @@ def prepare(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certi
     if the model cannot be captured.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    _refuse_opaque(model)
+    refuse_opaque(model)
     install_handlers(model, needed(model))
     handlers = {path: name for path, module in model.named_modules() if (name := handled_name(module))}
     trace = trace_model(model, args)
@@ -61,8 +62,11 @@ def prepare(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certi
     return Prepared(trace, bindings, handlers, skeleton(model))
 
 
-def _refuse_opaque(model: nn.Module) -> None:
-    """Raises TraceError for modules whose code or weights cannot be reached from Python."""
+def refuse_opaque(model: nn.Module) -> None:
+    """Raises TraceError for modules whose code or weights cannot be reached from Python, and for wrappers."""
+    empty = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+    if empty is not None:
+        raise TraceError(f"{empty} is on the meta device; load the weights first")
     for path, module in model.named_modules():
         where = f"{path or 'the model'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
@@ -71,6 +75,12 @@ def _refuse_opaque(model: nn.Module) -> None:
             )
         if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
             raise TraceError(f"{where} is quantized; prune the model that it was made from, then quantize")
+        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+            raise TraceError(
+                f"{where} is compiled by torch.compile; prune the model that it was made from, then compile"
+            )
+        if isinstance(module, nn.DataParallel | DistributedDataParallel):
+            raise TraceError(f"{where} is a wrapper; prune the model that it was made from, then wrap")
 
 
 def verify(
@@ -96,4 +106,4 @@ def verify(
     return compare(pruned, trace, tensors, keep, args, bare=bare, without=without, tolerance=tolerance)
 
 
-__all__ = ["Prepared", "prepare", "state_of", "verify"]
+__all__ = ["Prepared", "prepare", "refuse_opaque", "state_of", "verify"]

@@ -43,6 +43,11 @@ def test_a_bad_target_is_one_clear_config_error(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_share_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'macs=50%' is a share of nothing"):
+        Budget.resolve([Target.parse("macs=50%")], Cost(macs=0.0, params=25e6, bytes=100e6))
+
+
 def test_of_two_targets_on_one_quantity_the_tighter_holds() -> None:
     budget = Budget.resolve([Target.parse("macs=50%"), Target.parse("macs=900M")], DENSE)
     assert budget.limits["macs"] == 900e6

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from prunus.adapters.pytorch import begin, load, prune
-from prunus.core.errors import ConfigError, TraceError
+from prunus.core.errors import ConfigError, LoadError, TraceError
 
 IMAGES = torch.zeros(40, 3, 8, 8)
 DATA = TensorDataset(IMAGES, torch.arange(40) % 2)
@@ -88,11 +88,15 @@ def test_state_that_is_no_tensor_is_left_to_the_class_that_keeps_it(tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["compiled by torch.jit", "quantized"])
+@pytest.mark.parametrize("kind", ["compiled by torch.jit", "compiled by torch.compile", "a wrapper", "quantized"])
 def test_a_model_out_of_pythons_reach_is_refused_with_what_to_do(kind: str) -> None:
     convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     if kind == "quantized":
         last = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 2)), dtype=torch.qint8)
+    elif kind == "a wrapper":
+        convolution, last = nn.DataParallel(convolution), nn.Linear(8, 2)
+    elif kind == "compiled by torch.compile":
+        convolution, last = torch.compile(convolution), nn.Linear(8, 2)
     else:
         convolution, last = torch.jit.script(convolution), nn.Linear(8, 2)
     model = nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
@@ -126,3 +130,69 @@ def test_widths_are_tried_beside_layers_whose_inputs_nobody_measures(plugin: str
     assert pruned.report.target_met
     noted = {row.get("kind") for row in pruned.report.history} | {row.get("note") for row in pruned.report.history}
     assert noted & {"energies", "covariance-missing"}
+
+
+class Samples(Dataset[Any]):
+    """`sample` again and again."""
+
+    def __init__(self, sample: Any, count: int = 40) -> None:
+        self.sample, self.count = sample, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.sample
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (Samples({"image": IMAGES[0], "label": 1}), "sample 0 of the data set is a dict, not a pair"),
+        (Samples((IMAGES[0],)), "is a tuple of 1, not a pair of image and label"),
+        (Samples(IMAGES[0]), "is a Tensor, not a pair"),
+        (Samples((IMAGES[0].to(torch.uint8), 1)), "is torch.uint8, example_inputs are torch.float32"),
+        (Samples((IMAGES[0, :1], 1)), r"has shape \(1, 8, 8\), those of example_inputs have \(3, 8, 8\)"),
+        (Samples((IMAGES[0], IMAGES[0])), "no class number"),
+        (Samples((IMAGES[0], 1), count=0), "train_data is empty"),
+    ],
+    ids=lambda value: value.split("data set")[-1] if isinstance(value, str) else "",
+)
+def test_samples_that_the_model_cannot_take_are_named(data: Dataset[Any], said: str) -> None:
+    with pytest.raises(LoadError, match=said):
+        prune(_module(), IMAGES[:2], train_data=data)
+
+
+def test_images_come_in_the_precision_of_the_model_and_labels_as_the_data_set_transforms_them(
+    tmp_path: Path,
+) -> None:
+    data = Samples((IMAGES[0], 1))
+    data.targets, data.target_transform = [7] * 40, lambda label: 1  # type: ignore[attr-defined]
+    trains = {"epochs": 1, "batch_size": 6, "lr": 0.01, "output": tmp_path / "run", "target": "macs=60%"}
+    pruned = prune(_module().double(), IMAGES[:2].double(), train_data=data, plugin="iterative", **trains)
+    assert pruned.report.target_met and pruned.model(IMAGES[:2].double()).dtype == torch.float64
+
+
+class Conditioned(nn.Module):
+    def forward(self, images: Tensor, condition: Tensor) -> Tensor:
+        return images.mean((2, 3)) + condition
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "said"),
+    [
+        (nn.Linear, IMAGES[:2], "must be a module or a name"),
+        (_module(), [IMAGES[:2]], "the tuple of its arguments, got list"),
+        (Conditioned(), (IMAGES[:2], torch.ones(2, 3)), "images alone.*missing a required argument: 'condition'"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), IMAGES[:2], "nothing of this model can be removed"),
+    ],
+    ids=lambda value: value.split(" ")[0] if isinstance(value, str) else "",
+)
+def test_objects_that_cannot_be_used_are_refused_by_name(model: Any, example: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        prune(model, example, train_data=DATA, target="macs=1G", batch_size=6)
+
+
+def test_weights_that_are_not_there_are_asked_for() -> None:
+    with pytest.raises(TraceError, match=r"0.weight is on the meta device; load the weights first"):
+        prune(_module().to("meta"), IMAGES[:2], train_data=DATA)
