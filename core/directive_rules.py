@@ -28,6 +28,8 @@ from prunus.core.signals import NEEDS_DATA, NEEDS_LABELS, Signal
 
 _SNAPSHOT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SPLITS = ("train", "holdout", "calibration")
+_SCHEDULES = ("cosine", "constant")
+_RECALIBRATION = ("no", "yes", "if-better")
 _REFITS = ("none", "bias", "least-squares", "sequential")
 MAX_NOTE_VALUES = 100_000
 
@@ -40,6 +42,8 @@ class DirectiveRules:
     task: PruningTask
     graph: ChannelGraph
     snapshots: set[str] = field(default_factory=set)
+    reserved: frozenset[str] = frozenset()
+    """Names of snapshots that the run itself takes, at the moment."""
 
     def check(self, directive: object) -> None:
         """Raises PluginError naming the plugin, the rule and the value."""
@@ -68,6 +72,8 @@ class DirectiveRules:
             self._require(
                 bool(_SNAPSHOT.fullmatch(directive.name)), "a snapshot's name is a-z 0-9 . _ -", directive
             )
+            taken = directive.name in {"ema", *self.task.teachers, *self.reserved}
+            self._require(not taken, "a snapshot's name is not one that the run itself uses", directive.name)
         elif isinstance(directive, Note):
             self._note(directive)
         else:
@@ -77,7 +83,7 @@ class DirectiveRules:
         known = all(isinstance(signal, Signal) for signal in directive.signals)
         self._require(known and bool(directive.signals), "Measure names signals of prunus.core.Signal", directive)
         self._require(directive.split in _SPLITS, f"a split is one of {_SPLITS}", directive.split)
-        self._require(directive.images >= 1, "Measure needs at least one image", directive.images)
+        self._images(directive.images)
         part, parts = directive.fold
         self._require(0 <= part < parts, "a fold (k, n) has 0 <= k < n", directive.fold)
         if not self.task.has_data and directive.signals & NEEDS_DATA:
@@ -102,6 +108,7 @@ class DirectiveRules:
         if directive.lr is not None:
             self._number(directive.lr, "Train.lr", 0.0, 1e3)
         self._number(directive.warmup, "Train.warmup", 0.0, 1.0)
+        self._require(directive.schedule in _SCHEDULES, f"a schedule is one of {_SCHEDULES}", directive.schedule)
         self._require(
             0 <= directive.start < directive.stop <= 1, "0 <= start < stop <= 1", (directive.start, directive.stop)
         )
@@ -115,9 +122,9 @@ class DirectiveRules:
 
     def _distil(self, distil: Distillation, ema: bool) -> None:
         self._number(distil.weight, "Distillation.weight", 0.0, 1.0)
-        self._require(distil.temperature > 0, "Distillation.temperature is positive", distil.temperature)
+        self._number(distil.temperature, "Distillation.temperature", 1e-3, 1e3)
         self._require(bool(distil.teachers), "Distillation names at least one teacher", distil.teachers)
-        known = {"dense", *self.task.teachers, *self.snapshots} | ({"ema"} if ema else set())
+        known = {*self.task.teachers, *self.snapshots} | ({"ema"} if ema else set())
         for teacher in distil.teachers:
             self._require(teacher in known, f"a teacher is one of {sorted(known)}", teacher)
 
@@ -126,10 +133,13 @@ class DirectiveRules:
         self._require(has_labels, "nothing is evaluated without labelled data", "--data none")
         self._require(directive.split in _SPLITS, f"a split is one of {_SPLITS}", directive.split)
         self._require(directive.refit in _REFITS, f"a refit is one of {_REFITS}", directive.refit)
-        self._require(directive.images is None or directive.images >= 1, "images >= 1", directive.images)
+        if directive.images is not None:
+            self._images(directive.images)
         if directive.model is not None:
-            known = {"dense", "ema", *self.task.teachers, *self.snapshots}
+            known = {*self.task.teachers, *self.snapshots}
             self._require(directive.model in known, f"a model is one of {sorted(known)}", directive.model)
+            changed = directive.gates or directive.within is not None
+            self._require(not changed, "a snapshot is evaluated as it is", directive)
         self._gates(directive.gates, "gates", 2.0, self.graph.blocks)
         self._keep(directive.within, "within")
         self._layers(directive)
@@ -142,11 +152,13 @@ class DirectiveRules:
         self._number(directive.noise, "Grow.noise", 0.0, 1.0)
         for name, width in directive.widths.items():
             group = self._known(name, "widths")
+            self._require(_is_whole(width), "a width is a whole number", f"{name!r}: {width}")
             if width < self.graph.groups[group].units:
                 self._fail("Grow does not shrink", f"{name!r} has {self.graph.groups[group].units}, got {width}.")
             reason = self.graph.growable(name) if width > self.graph.groups[group].units else None
             if reason is not None:
                 self._fail("Grow widens only what can be widened", f"{name!r}: {reason}.")
+        self._tied(directive.widths)
         self._names(directive.branches, "Grow.branches")
         self._require(
             not (directive.branches and directive.widths), "Grow widens or branches, not both at once", directive
@@ -159,11 +171,25 @@ class DirectiveRules:
             not (directive.branches and self._branched()), "a model is branched once at a time", directive
         )
 
+    def _tied(self, widths: Mapping[str, int]) -> None:
+        after = {**self.graph.units, **widths}
+        tied: dict[str, tuple[str, int]] = {}
+        for name, group in self.graph.groups.items():
+            if group.equal_count is not None:
+                first, width = tied.setdefault(group.equal_count, (name, after[name]))
+                if after[name] != width:
+                    detail = f"{first!r} would have {width} units, {name!r} {after[name]}."
+                    self._fail("groups of equal width grow together", detail)
+
     def _remove(self, directive: Remove) -> None:
         self._require(directive.refit in _REFITS, f"a refit is one of {_REFITS}", directive.refit)
         if not self.task.has_data and directive.refit != "none":
             self._fail("without data nothing can be refitted", f"It asked for refit={directive.refit!r}.")
-        self._require(directive.images >= 1, "images >= 1", directive.images)
+        words = _RECALIBRATION
+        self._require(directive.recalibrate in words, f"recalibrate is one of {words}", directive.recalibrate)
+        if not self.task.has_data and directive.recalibrate != "no":
+            self._fail("without data nothing can be recalibrated", f"It asked for {directive.recalibrate!r}.")
+        self._images(directive.images)
         self._keep(directive.keep, "keep")
         self._layers(directive)
         for name, branches in self._branched().items():
@@ -238,6 +264,9 @@ class DirectiveRules:
             self._fail(f"{what} name groups of the current graph", f"There is no {name!r}.")
         return name
 
+    def _images(self, images: int) -> None:
+        self._require(_is_whole(images) and images >= 1, "images are a whole number, at least one", images)
+
     def _number(self, value: float, what: str, least: float, most: float) -> None:
         finite = isinstance(value, int | float | np.floating) and math.isfinite(value)
         self._require(finite and least <= value <= most, f"{what} lies in {least:g}..{most:g}", value)
@@ -253,6 +282,10 @@ class DirectiveRules:
 def _is_units(units: object) -> bool:
     array = np.asarray(units)
     return array.ndim == 1 and (array.size == 0 or array.dtype.kind in "iu")
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
 
 
 def _names(signals: frozenset[Signal]) -> str:

@@ -30,8 +30,8 @@ class Distillation:
     """Teachers during training: loss = (1 - weight) CE + weight T^2 sum_k w_k(x) KL(p_k || p_student)."""
 
     teachers: tuple[str, ...] = ("dense",)
-    """Names of snapshots: "dense" is always there, "ema" if the training keeps one, "user-0"... from --teacher,
-    and any that the policy took by `Snapshot`."""
+    """Names of snapshots: "dense" unless the method starts from scratch, "ema" if the training keeps one,
+    "user-0"... from --teacher, and any that the policy took by `Snapshot`."""
     temperature: float = 4.0
     weight: float = 0.5
     per_sample: bool = True

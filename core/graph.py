@@ -287,14 +287,19 @@ class ChannelGraph:
         )
 
     def without_kernels(self, names: Iterable[str]) -> ChannelGraph:
-        """The graph of the model whose convolutions `names` have one tap left. Raises PlanError."""
+        """The graph of the model whose convolutions `names` have one tap left. Raises PlanError.
+
+        Its latency is an upper bound: what one tap takes was not measured.
+        """
         gone = {name: self.kernel(name) for name in names}
         taps = {source: k.taps for k in gone.values() for source in (k.name, k.tensor)}
         shapes = {k.tensor: (*self.tensors[k.tensor][:2], 1, 1) for k in gone.values()}
         return ChannelGraph(
             self.groups.values(),
             [
-                replace(t, coefficient=t.coefficient // taps[t.source]) if t.source in taps else t
+                replace(t, coefficient=t.coefficient // taps[t.source])
+                if t.source in taps and t.quantity != "latency"
+                else t
                 for t in self.terms
             ],
             {**self.tensors, **shapes},

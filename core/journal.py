@@ -159,7 +159,7 @@ def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
     def write(temporary: Path) -> None:
         nonlocal digest
         try:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+            save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary)
         except SafetensorError as error:  # what the system said, in words
             raise OSError(f"{temporary.name} cannot be written: {error}") from error
         with temporary.open("rb") as handle:

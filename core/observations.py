@@ -102,7 +102,8 @@ class RecordingReader:
         key = (signal, name)
         if key not in self.reads:
             try:
-                array = np.asarray(self._source.read(signal, name), dtype=np.float64)
+                # in the order of memory that the journal gives back: sums depend on it
+                array = np.asarray(self._source.read(signal, name), dtype=np.float64, order="C")
             except PlanError:
                 self.presence[key] = False
                 raise
@@ -198,7 +199,7 @@ def _narrowed(array: FloatArray) -> np.ndarray:
     """In single precision where that holds every number exactly, as it does weights."""
     with np.errstate(over="ignore"):
         single = array.astype(np.float32)
-    return np.ascontiguousarray(single if np.array_equal(single, array) else array)
+    return np.asarray(single if np.array_equal(single, array) else array, order="C")
 
 
 def _is_symmetric(array: FloatArray) -> bool:

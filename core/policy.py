@@ -11,6 +11,7 @@ import numpy as np
 
 from prunus.core.budget import Budget
 from prunus.core.directives import Directive, Observation
+from prunus.core.errors import PluginError, PrunusError
 from prunus.core.graph import ChannelGraph
 from prunus.core.importance import ImportanceEstimator, PluginConfig
 from prunus.core.plan import PruningPlan
@@ -40,7 +41,10 @@ class PruningTask:
     dense_accuracy: float | None = None
     """Held-out accuracy of the starting model, 0..1."""
     held_out: int | None = None
-    """Images of the held-out part that say so; None where nobody looked."""
+    """Images of the held-out part; None where there is none, or nobody counts."""
+    calibration: int | None = None
+    """Images that signals, refits and recalibration can use at most; None where there are none, or nobody
+    counts."""
     classes: int | None = None
 
 
@@ -71,3 +75,14 @@ class PruningPolicy(ABC):
 
         Directives and observations speak of the current graph: after `Remove`, units are renumbered 0..k-1.
         """
+
+
+def ask(policy: PruningPolicy, plugin: str, task: PruningTask) -> None:
+    """Whether `policy` can serve `task`: what its `check` raises, PluginError where that is not about the user."""
+    try:
+        policy.check(task)
+    except PrunusError:
+        raise
+    except Exception as error:
+        rule = "check raises ConfigError or nothing"
+        raise PluginError(plugin, rule, f"{type(error).__name__}: {error}.") from error

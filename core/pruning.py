@@ -26,7 +26,7 @@ from prunus.core.importance import ImportanceEstimator
 from prunus.core.interrupts import Interrupts
 from prunus.core.journal import Journal
 from prunus.core.plugin_settings import configure, resolved
-from prunus.core.policy import PruningPolicy, PruningTask
+from prunus.core.policy import PruningPolicy, PruningTask, ask
 from prunus.core.registry import Registry
 from prunus.core.report import Report, make_report
 from prunus.core.report_page import write_page
@@ -274,6 +274,7 @@ def make_task(settings: RunSettings, method: Method, session: Session, whole: Co
     raise_if_unreachable(graph, budget)
     if not (graph.prunable or graph.blocks or graph.kernels):
         raise ConfigError("nothing of this model can be removed (optimize inspect says why)", key="model")
+    images = session.describe().images
     task = PruningTask(
         graph=graph,
         budget=budget,
@@ -285,9 +286,11 @@ def make_task(settings: RunSettings, method: Method, session: Session, whole: Co
         has_data=session.has_data,
         has_labels=session.has_labels,
         teachers=session.teachers,
+        held_out=images.get("holdout"),
+        calibration=images.get("calibration"),
         classes=session.classes,
     )
-    method.policy.check(task)
+    ask(method.policy, settings.plugin, task)
     return task
 
 

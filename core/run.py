@@ -39,6 +39,7 @@ from prunus.core.plan import PruningPlan
 from prunus.core.policy import PruningPolicy, PruningTask
 
 CHANGES_STATE = (Train, Grow, Merge, Remove, Snapshot)
+DENSE = frozenset({"dense"})
 MAX_DIRECTIVES = 100_000
 MAX_IDLE = 5_000
 """Directives in a row that change nothing (Measure, Evaluate, Note): beyond it the policy loops for ever."""
@@ -90,7 +91,7 @@ def program(policy: PruningPolicy, task: PruningTask, preamble: Preamble | None)
         if preamble.evaluate:
             dense = yield Evaluate()
             assert isinstance(dense, Evaluated)
-            task = replace(task, dense_accuracy=dense.accuracy, held_out=dense.samples)
+            task = replace(task, dense_accuracy=dense.accuracy)
         yield Snapshot("dense")
     return (yield from policy.run(task))
 
@@ -148,7 +149,7 @@ def conduct(
 
     Yields every Train that is to be carried out now and must be sent what came of it; nothing else differs.
     """
-    run = _Run(task, adapter, plugin, events, journal, checkpoints)
+    run = _Run(task, adapter, plugin, events, preamble, journal, checkpoints)
     adapter.watch(run)
     run.restore()
     return (yield from run.drive(program(policy, task, preamble)))
@@ -163,13 +164,14 @@ class _Run:
         adapter: ModelAdapter,
         plugin: str,
         events: Events,
+        preamble: Preamble | None,
         journal: Journal | None,
         checkpoints: Checkpoints | None,
     ) -> None:
         self._task, self._adapter, self._plugin, self._events = task, adapter, plugin, events
         self._journal, self._checkpoints = journal, checkpoints
         self._replay: list[Entry] = []
-        self._rules = DirectiveRules(plugin, task, task.graph)
+        self._rules = DirectiveRules(plugin, task, task.graph, reserved=DENSE if preamble is None else frozenset())
         self._plan: PruningPlan | None = None
         self._index = 0
         self._boundaries = 0
@@ -312,7 +314,9 @@ class _Run:
             raise TrainingError(f"the loss is {observation.loss} after directive {self._index}")
         if isinstance(directive, Snapshot):
             self._rules.snapshots.add(directive.name)
-        if isinstance(directive, Train) and directive.ema is not None:
+            if directive.name == "dense":  # taken by the preamble, the method cannot take it again
+                self._rules.reserved = DENSE
+        if isinstance(directive, Train) and directive.ema is not None and directive.within is None:
             self._rules.snapshots.add("ema")
 
     def _finished(self, plan: PruningPlan) -> PruningPlan:

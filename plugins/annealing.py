@@ -50,7 +50,7 @@ class Lattice:
         return np.concatenate([values[name] for name in self.names])
 
     def named(self, vector: FloatArray) -> dict[str, FloatArray]:
-        return dict(zip(self.names, np.split(vector, self._splits), strict=True))
+        return dict(zip(self.names, np.split(vector, self._splits), strict=True)) if self.names else {}
 
     def widths(self, probabilities: FloatArray) -> FloatArray:
         """Expected widths of all groups, (groups,): never under a floor, equal where groups are tied."""

@@ -98,7 +98,7 @@ class BayesReparam(PruningPolicy):
             probabilities, tau = pruning_probabilities(graph, budget, beliefs)
             chosen = select(graph, budget, seen.discrepancy, beliefs, seen.scores, tau)
             yield _round_note(index, graph, budget, chosen, probabilities, tau)
-            if forecast is not None:
+            if forecast is not None and forecast.probabilities:
                 yield forecast.note(index, graph, chosen)
 
             following = task.budget.partway(_next(progress, guard.step / rounds), start)
@@ -167,7 +167,7 @@ def _observe(
     if pooled.without_covariance:
         yield Note("covariance-missing", {"readers": ", ".join(sorted(pooled.without_covariance))})
     # with this note the last fold is over, too: the run writes down what was read, and lets go of it
-    yield Note("folds", {"folds": config.folds, "variance": float(np.mean(list(noise.values())))})
+    yield Note("folds", {"folds": config.folds, "variance": float(np.mean([*noise.values()] or 0.0))})
     moments = pooled.moments()
     del pooled
     discrepancy = Discrepancy(graph, weights, moments, config.ridge, sensitivity)

@@ -49,14 +49,15 @@ class Iterative(PruningPolicy):
     def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
         config = self.config
         assert isinstance(config, IterativeConfig)
-        pause = config.between * task.epochs
-        if not config.depth:
-            result = yield from _narrow(task, config, pause)
+        between = config.between * task.epochs
+        if not config.depth or task.budget.met(task.graph.cost()):
+            result = yield from _narrow(task, config, between)
+            spent = between if config.rounds > 1 else 0.0
         else:
-            result = yield from _shorten(task, config, pause)
+            result, spent = yield from _shorten(task, config, between)
             if not task.budget.met(result.graph.cost()):
                 result = yield from _narrow(replace(task, graph=result.graph), config, 0.0)
-        yield from recover(task, config, task.epochs - (pause if config.depth or config.rounds > 1 else 0.0))
+        yield from recover(task, config, task.epochs - spent)
         return result.plan
 
 
@@ -79,8 +80,12 @@ def _narrow(
 
 def _shorten(
     task: PruningTask, config: IterativeConfig, epochs: float
-) -> Generator[Directive, Observation, Changed]:
-    """Blocks go until the target is met or none is left; `epochs` are shared by the way each goes."""
+) -> Generator[Directive, Observation, tuple[Changed, float]]:
+    """Blocks go until the target is met or none is left; `epochs` are shared by the way each goes.
+
+    Returns what is left, and the epochs that were trained between: after the last block nothing is.
+    """
+    spent = 0.0
     graph, budget = task.graph, task.budget
     whole = math.log(max(budget.load(graph.cost()), 1.0 + 1e-9))
     while True:
@@ -91,7 +96,8 @@ def _shorten(
         result = changed((yield replace(removal(task, config, {}), blocks=(name,))))
         graph = result.graph
         if budget.met(graph.cost()) or not graph.blocks:
-            return result
+            return result, spent
         pause = round(epochs * math.log(before / budget.load(graph.cost())) / whole, 3)
         if can_train(task, pause):
             yield gentle(task, pause, config.round_lr, f"without {name}")
+            spent += pause

@@ -132,7 +132,7 @@ class JointSearch(PruningPolicy):
         config = self.config
         assert isinstance(config, JointSearchConfig)
         graph = task.graph
-        ledger = TrainingLedger(task.epochs, graph.cost())
+        ledger = TrainingLedger(task.epochs, graph.cost(), task.held_out, task.calibration)
         teachers = _Teachers(task, config, ledger)
         yield from teachers.check_users()
         net = ThreshNet(task.rng, limit=config.offset_limit)

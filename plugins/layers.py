@@ -87,7 +87,7 @@ def with_layers(graph: ChannelGraph, choice: Choice) -> ChannelGraph:
     terms = []
     for term in graph.terms:
         extents = (*term.extents, *present.get(term.source, ()))
-        if term.source in taps:
+        if term.source in taps and term.quantity != "latency":
             size, extent = taps[term.source]
             term = replace(term, coefficient=term.coefficient // size)
             extents = (*extents, extent)

@@ -1,8 +1,9 @@
 """What a search has spent, in MACs, against what it may spend.
 
 The allowance is `epochs` x the cost of one epoch of the *original* network: 3 x its forward MACs x images.
-Everything counts: training (3 forwards per image, teachers' forwards included, as `Trained.macs` says),
-and the search's own forward passes, evaluations and refits.
+What counts: training (3 forwards per image, teachers' forwards included, as `Trained.macs` says), and the
+search's evaluations, refits and gradients on held-out images. The one pass in which a round measures its energies
+does not: it is as long as a refit's, and no other method is charged for its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from prunus.core.graph import ChannelGraph
 class TrainingLedger:
     """Counts in MACs; how many images an epoch has is learned from the first training."""
 
-    def __init__(self, epochs: float, original: Cost) -> None:
+    def __init__(
+        self, epochs: float, original: Cost, held_out: int | None = None, calibration: int | None = None
+    ) -> None:
+        """`held_out`, `calibration`: images that there are; None for as many as are asked for."""
+        self._held_out, self._calibration = held_out, calibration
         self._epochs, self._forward = epochs, max(original.macs, 1.0)
         self._images_per_epoch: float | None = None
         self.trained = 0.0
@@ -46,11 +51,12 @@ class TrainingLedger:
         self.searched += graph.cost().macs * images
 
     def add_backward(self, graph: ChannelGraph, images: int) -> None:
-        self.searched += 3.0 * graph.cost().macs * images
+        """Gradients on `images` of the held-out part, or on what there is."""
+        self.searched += 3.0 * graph.cost().macs * _at_most(images, self._held_out)
 
     def add_refit(self, before: ChannelGraph, after: ChannelGraph, images: int) -> None:
-        """A sequential refit sees every image by both networks."""
-        self.searched += (before.cost().macs + after.cost().macs) * images
+        """A sequential refit sees every image by both networks: `images` of the calibration part."""
+        self.searched += (before.cost().macs + after.cost().macs) * _at_most(images, self._calibration)
 
     @property
     def search_share(self) -> float:
@@ -70,3 +76,7 @@ class TrainingLedger:
             "searched_epochs": self.searched / epoch,
             "macs": self.trained + self.searched,
         }
+
+
+def _at_most(images: int, there_are: int | None) -> int:
+    return images if there_are is None else min(images, there_are)

@@ -65,10 +65,11 @@ def _kept_of_axis(trace: Trace, ids: IntArray | None, earlier: PruningPlan, late
 
 
 def of_kept(values: Mapping[str, FloatArray] | None, keep: Keep) -> dict[str, FloatArray] | None:
-    """Per-unit values of the units that stay."""
+    """Per-unit values of the units that stay, in the order of the units: `keep` may name them in any."""
     if values is None:
         return None
-    return {name: array[keep[name]] if name in keep else array for name, array in values.items()}
+    kept = {name: np.sort(np.asarray(units, dtype=np.int64)) for name, units in keep.items()}
+    return {name: np.asarray(array)[kept[name]] if name in kept else array for name, array in values.items()}
 
 
 def spread(

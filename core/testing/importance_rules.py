@@ -15,6 +15,9 @@ from prunus.core.registry import check_estimator
 from prunus.core.signals import Signal
 from prunus.core.testing.graphs import residual_graph
 
+WIDE = frozenset({"flat.reader"})
+"""Readers whose covariance nobody has, as of those with very many inputs."""
+
 
 class KnownSignals:
     """Every signal of a graph, from a seed; refuses what the estimator did not declare."""
@@ -32,7 +35,8 @@ class KnownSignals:
                 seen = rng.normal(size=(4 * len(piece.unit_of), len(piece.unit_of)))
                 self.arrays[Signal.ACTIVATION_MEAN, piece.tensor] = seen.mean(axis=0)
                 self.arrays[Signal.ACTIVATION_VARIANCE, piece.tensor] = seen.var(axis=0)
-                self.arrays[Signal.ACTIVATION_COVARIANCE, piece.tensor] = np.cov(seen.T, bias=True)
+                if piece.tensor not in WIDE:
+                    self.arrays[Signal.ACTIVATION_COVARIANCE, piece.tensor] = np.cov(seen.T, bias=True)
 
     def read(self, signal: Signal, name: str) -> FloatArray:
         if signal not in self._declared:
@@ -50,13 +54,26 @@ class KnownSignals:
 
 
 def known_graph() -> ChannelGraph:
-    """A residual network: a stream with several writers and readers, a group with a norm, one without."""
+    """A residual network: a stream with several writers and readers, a group with a norm, one without.
+
+    Beside it what other networks have: a reader that sees three positions of every unit ("flat"), one that reads
+    other things, too ("joined"), and units that nobody reads ("silent").
+    """
     graph = residual_graph(12, [8, 6])
     index = np.arange(8, dtype=np.int64)
     norm = [Slice(f"block0.bn1.{part}", 0, "scales", index) for part in ("weight", "bias", "running_mean")]
     norm.append(Slice("block0.bn1.running_var", 0, "scales", index))
     groups = [replace(g, slices=(*g.slices, *norm)) if name == "inner0" else g for name, g in graph.groups.items()]
-    return ChannelGraph(groups, graph.terms, {**graph.tensors, **{piece.tensor: (8,) for piece in norm}})
+    shapes = {**graph.tensors, **{piece.tensor: (8,) for piece in norm}}
+    flat, joined = np.repeat(np.arange(4), 3), np.concatenate([np.full(3, -1), np.arange(5)])
+    for name, units, reads in (("flat", 4, flat), ("joined", 5, joined), ("silent", 3, None)):
+        slices = [Slice(f"{name}.writer", 0, "writes", np.arange(units, dtype=np.int64))]
+        shapes[f"{name}.writer"] = (units, 6, 3, 3)
+        if reads is not None:
+            slices.append(Slice(f"{name}.reader", 1, "reads", reads.astype(np.int64)))
+            shapes[f"{name}.reader"] = (7, len(reads))
+        groups.append(ChannelGroup(name, units, tuple(slices)))
+    return ChannelGraph(groups, graph.terms, shapes)
 
 
 def _scores(estimator: type[ImportanceEstimator], name: str, seed: int = 0) -> dict[str, FloatArray]:

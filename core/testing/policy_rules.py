@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,22 +18,38 @@ import numpy as np
 from prunus.core.checkpoints import Checkpoints
 from prunus.core.digest import digest
 from prunus.core.directives import Changed, Directive, Observation, Train
-from prunus.core.errors import PluginError
+from prunus.core.errors import ConfigError, PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.journal import Journal
 from prunus.core.plan import PruningPlan
 from prunus.core.plugin_settings import configure
-from prunus.core.policy import PruningPolicy
+from prunus.core.policy import PruningPolicy, ask
 from prunus.core.registry import check_policy
-from prunus.core.run import execute
+from prunus.core.run import Preamble, execute
 from prunus.core.signals import NEEDS_DATA, Signal, SignalReader
 from prunus.core.testing.simulation import SimulatedAdapter
 
 EPOCHS = 2.0
+WIDTHS = (8, 24, 16, 4)
+HASH_SEEDS = ("0", "2")
+"""Two orders of {"h0", "h1"}, the groups of the network that policies are tried on."""
 SLACK = 1.1
 """Training may go over its budget by so much, where steps are rounded up."""
 MAX_DIRECTIVES = 20_000
 _BELONGS = "0" * 64
+
+
+NOT_THERE = 3
+_CHILD = f"""
+import importlib, json, operator, sys
+sys.path[:], module, name, plugin = json.loads(sys.argv[1])
+try:
+    policy = operator.attrgetter(name)(importlib.import_module(module))
+except (ImportError, AttributeError):  # defined in a function, in a test, or in what was run as a script
+    sys.exit({NOT_THERE})
+from prunus.core.testing.policy_rules import print_digests
+print_digests(policy, plugin)
+"""
 
 
 class WeightNorm:
@@ -90,26 +110,33 @@ def _run(
     seed: int = 0,
     epochs: float = EPOCHS,
     has_data: bool = True,
+    has_labels: bool = True,
     folder: Path | None = None,
+    widths: tuple[int, ...] = WIDTHS,
     **groups: Any,
 ) -> tuple[PruningPlan, SimulatedAdapter]:
+    """One run as the command line makes it: asked whether it can serve the task, then the preamble, then `run`."""
     scratch = policy.starts_from == "scratch"
-    adapter = SimulatedAdapter((8, 24, 16, 4), samples=256, dense_epochs=0 if scratch else 4, **groups)
+    adapter = SimulatedAdapter(widths, samples=256, dense_epochs=0 if scratch else 4, **groups)
     estimator: Any = WeightNorm() if policy.needs_estimator else None
+    labelled = has_data and has_labels
     task = adapter.task(
-        *targets, epochs=epochs, seed=seed, estimator=estimator, has_data=has_data, has_labels=has_data
+        *targets, epochs=epochs, seed=seed, estimator=estimator, has_data=has_data, has_labels=labelled
     )
     events = seen if seen is not None else Seen(name)
     events.graph = task.graph
     journal = checkpoints = None
     if folder is not None:
         journal, checkpoints = _journal(folder), Checkpoints(folder / "checkpoint")
+    method = policy(configure(policy.Config, name, {}))
+    ask(method, name, task)
     plan = execute(
-        policy(configure(policy.Config, name, {})),
+        method,
         task,
         adapter,
         plugin=name,
         events=events,
+        preamble=None if scratch or not has_data else Preamble(evaluate=labelled),
         journal=journal,
         checkpoints=checkpoints,
     )
@@ -147,11 +174,7 @@ def leaves_locked_groups_alone(policy: type[PruningPolicy], name: str) -> None:
 
 def keeps_equal_counts(policy: type[PruningPolicy], name: str) -> None:
     tied: dict[str, Any] = {"h0": {"equal_count": "tied"}, "h1": {"equal_count": "tied"}}
-    scratch = policy.starts_from == "scratch"
-    adapter = SimulatedAdapter((8, 16, 16, 4), samples=256, dense_epochs=0 if scratch else 4, **tied)
-    estimator: Any = WeightNorm() if policy.needs_estimator else None
-    task = adapter.task("macs=60%", epochs=EPOCHS, estimator=estimator)
-    execute(policy(), task, adapter, plugin=name, events=Seen(name))
+    _run(policy, name, "macs=60%", widths=(8, 16, 16, 4), **tied)
 
 
 def deterministic(policy: type[PruningPolicy], name: str) -> None:
@@ -164,6 +187,31 @@ def deterministic(policy: type[PruningPolicy], name: str) -> None:
         index = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(s.digests) for s in seen))
         rule = "equal task and observations, equal directives"
         raise PluginError(name, rule, f"Directive {index} differs: is task.rng its only source of randomness?")
+
+
+def same_in_every_process(policy: type[PruningPolicy], name: str) -> None:
+    """Two processes whose sets of strings have different orders. A class that they cannot import is passed."""
+    said = json.dumps([sys.path, policy.__module__, policy.__qualname__, name])
+    command = [sys.executable, "-c", _CHILD, said]
+    children = [
+        subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True)
+        for seed in HASH_SEEDS
+    ]
+    first, second = (child.communicate()[0] for child in children)
+    if any(child.returncode == NOT_THERE for child in children):
+        return
+    rule = "equal task and observations, equal directives, in every process"
+    if any(child.returncode for child in children):
+        raise PluginError(name, rule, "It fails in a process of its own.")
+    if first.splitlines()[-1] != second.splitlines()[-1]:
+        raise PluginError(name, rule, "Two processes differ: does it go through a set of names?")
+
+
+def print_digests(policy: type[PruningPolicy], name: str) -> None:
+    """The digest of every directive of one run, on one line."""
+    seen = Seen(name)
+    _run(policy, name, "macs=50%", seen=seen)
+    print("", *seen.digests)
 
 
 def resumes(policy: type[PruningPolicy], name: str) -> None:
@@ -198,6 +246,14 @@ def runs_without_data(policy: type[PruningPolicy], name: str) -> None:
     _run(policy, name, "macs=50%", epochs=0.0, has_data=False)
 
 
+def serves_images_without_labels(policy: type[PruningPolicy], name: str) -> None:
+    """Or says before anything starts, by a ConfigError of `check`, that it cannot."""
+    try:
+        _run(policy, name, "macs=50%", epochs=0.0, has_labels=False)
+    except ConfigError:
+        return
+
+
 POLICY_RULES: dict[str, Callable[[type[PruningPolicy], str], None]] = {
     "it is a usable class whose Config has valid defaults": usable_class,
     "the plan meets every target": meets_every_target,
@@ -205,7 +261,9 @@ POLICY_RULES: dict[str, Callable[[type[PruningPolicy], str], None]] = {
     "locked groups keep everything": leaves_locked_groups_alone,
     "groups that are tied keep equal counts": keeps_equal_counts,
     "equal task and observations, equal directives": deterministic,
+    "equal task and observations, equal directives, in every process": same_in_every_process,
     "a resumed run ends in the same plan and weights": resumes,
     "a policy trains no longer than task.epochs": trains_within_its_budget,
     "a policy that declares no data runs without data": runs_without_data,
+    "a policy serves images without labels, or says at once that it cannot": serves_images_without_labels,
 }

@@ -53,9 +53,8 @@ class SimulatedSession:
 
     def describe(self) -> Description:
         name = self.source.name
-        return Description(
-            name, (WIDTHS[name][0], 1, 1), self.classes, self.settings.data, {"train": 192}, "cpu", {}
-        )
+        images = self.adapter.images if self.has_data else {}
+        return Description(name, (WIDTHS[name][0], 1, 1), self.classes, self.settings.data, images, "cpu", {})
 
     def test(self) -> Evaluated | None:
         return self.adapter.evaluate(Evaluate()) if self.has_data else None

@@ -121,6 +121,11 @@ class SimulatedAdapter:
         return self._state.graph
 
     @property
+    def images(self) -> dict[str, int]:
+        """Number of samples per split."""
+        return {name: len(data) for name, data in self._data.items()}
+
+    @property
     def weights(self) -> dict[str, FloatArray]:
         """The model as it is now."""
         return self._state.weights
@@ -152,6 +157,7 @@ class SimulatedAdapter:
             has_labels=has_labels,
             dense_accuracy=dense.accuracy if dense else None,
             held_out=dense.samples if dense else None,
+            calibration=self.images["calibration"] if has_data else None,
             classes=len(np.unique(self._data["train"].y)),
         )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from prunus.core import (
     ChannelGroup,
     Directive,
+    Distillation,
     Evaluate,
     FloatArray,
     ImportanceEstimator,
@@ -28,6 +31,7 @@ from prunus.core import (
     Remove,
     Signal,
     SignalReader,
+    Snapshot,
     Train,
 )
 from prunus.core.allocation import global_keep
@@ -99,6 +103,27 @@ class PrefersTheFirst(_Faulty):
         return scores - np.arange(len(scores))
 
 
+class ExpectsOneInputPerUnit(_Faulty):
+    def spoil(self, scores: FloatArray, group: ChannelGroup, signals: SignalReader) -> FloatArray:
+        reader = group.with_role("reads")[:1]
+        weights = [np.moveaxis(signals.read(Signal.WEIGHT, piece.tensor), piece.axis, 0) for piece in reader]
+        return sum((np.abs(w.reshape(len(w), -1)).sum(axis=1)[: group.units] for w in weights), scores)
+
+
+class ExpectsAReader(_Faulty):
+    def spoil(self, scores: FloatArray, group: ChannelGroup, signals: SignalReader) -> FloatArray:
+        return scores + len(signals.read(Signal.WEIGHT, group.with_role("reads")[0].tensor))
+
+
+class ExpectsCovariances(_Faulty):
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WEIGHT, Signal.ACTIVATION_COVARIANCE})
+
+    def spoil(self, scores: FloatArray, group: ChannelGroup, signals: SignalReader) -> FloatArray:
+        for piece in group.with_role("reads"):
+            signals.read(Signal.ACTIVATION_COVARIANCE, piece.tensor)
+        return scores
+
+
 class Abstract(ImportanceEstimator):
     needs: ClassVar[frozenset[Signal]] = frozenset()
 
@@ -145,6 +170,9 @@ ESTIMATORS: dict[type, str] = {
     ReadsTheUndeclared: FINITE,
     WritesIntoSignals: "score is pure and leaves its signals as they are",
     KeepsState: "score is pure and leaves its signals as they are",
+    ExpectsOneInputPerUnit: "scores follow the units when these change places",
+    ExpectsAReader: FINITE,
+    ExpectsCovariances: FINITE,
     PrefersTheFirst: "scores follow the units when these change places",
     Abstract: USABLE,
     NoNeeds: USABLE,
@@ -255,6 +283,34 @@ class PrunesNan(_Method):
         return changed.plan
 
 
+class ChecksWrongly(_Method):
+    def check(self, task: PruningTask) -> None:
+        task.graph.no_such_thing  # type: ignore[attr-defined]  # noqa: B018
+
+
+class JudgesWithoutLabels(_Method):
+    def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
+        if task.has_data:
+            yield Evaluate()
+        return (yield from super().run(task))
+
+
+class TakesTheDenseModelsName(_Method):
+    def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
+        plan = yield from super().run(task)
+        yield Snapshot("dense")
+        return plan
+
+
+class LearnsFromNobody(_Method):
+    starts_from: ClassVar[Literal["trained", "scratch"]] = "scratch"
+
+    def run(self, task: PruningTask) -> Generator[Directive, Observation, PruningPlan]:
+        plan = yield from super().run(replace(task, epochs=0.0))
+        yield Train(epochs=task.epochs, distil=Distillation())
+        return plan
+
+
 POLICIES: dict[type[PruningPolicy], str] = {
     IgnoresTheBudget: "the plan meets every target",
     IgnoresMultiples: "kept counts are whole multiples",
@@ -269,6 +325,10 @@ POLICIES: dict[type[PruningPolicy], str] = {
     RaisesInTheMiddle: "the plan meets every target",
     ForgetsThePlan: "the plan meets every target",
     PrunesNan: "the plan meets every target",
+    ChecksWrongly: "the plan meets every target",
+    JudgesWithoutLabels: "a policy serves images without labels, or says at once that it cannot",
+    TakesTheDenseModelsName: "the plan meets every target",
+    LearnsFromNobody: "the plan meets every target",
 }
 
 
@@ -291,6 +351,31 @@ def test_a_faulty_method_is_caught_by_the_right_rule_and_named(fault: type[Pruni
 
 def test_a_correct_method_passes() -> None:
     assert [r.problem for r in check_policy_contract(Correct, "correct") if r.problem] == []
+
+
+FROM_A_SET = """
+import numpy as np
+from prunus.core import Measure, PruningPolicy, Remove, Signal
+from prunus.core.allocation import global_keep
+
+class FromASet(PruningPolicy):
+    def run(self, task):
+        yield Measure(frozenset({Signal.WEIGHT}))
+        worth = {name: 1.0 + i for i, name in enumerate({*task.graph.groups})}
+        scores = {n: worth[n] * np.arange(1.0, g.units + 1) for n, g in task.graph.groups.items()}
+        return (yield Remove(global_keep(task.graph, task.budget, scores))).plan
+"""
+
+
+def test_a_method_that_depends_on_the_order_of_a_set_is_caught_by_a_second_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "from_a_set.py").write_text(FROM_A_SET)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    fault = importlib.import_module("from_a_set").FromASet
+    (problem,) = [r for r in check_policy_contract(fault, "guilty") if r.problem]
+    assert problem.rule == "equal task and observations, equal directives, in every process"
+    assert "set of names" in str(problem.problem)
 
 
 STRANGERS_TESTS = """

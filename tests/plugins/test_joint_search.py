@@ -68,6 +68,15 @@ def test_the_compute_allowance_is_used_up_and_not_exceeded() -> None:
         assert 0.9 * 20.0 < used < 1.1 * 20.0
 
 
+def test_images_that_there_are_not_are_not_charged_for() -> None:
+    few = scratch().images
+    assert max(few.values()) < 600
+    a, b = (run("macs=25%", epochs=8.0, images=images) for images in (600, 60_000))
+    assert a.plan.keep == b.plan.keep
+    assert numbers(a, "compute", "searched_epochs") == numbers(b, "compute", "searched_epochs")
+    assert numbers(a, "compute", "trained_epochs") == numbers(b, "compute", "trained_epochs")
+
+
 def test_pieces_share_one_cycle_that_falls_only_at_the_end() -> None:
     trains = run("macs=30%").of(Train)
     final = [t for t in trains if t.schedule == "cosine"]
