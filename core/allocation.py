@@ -251,10 +251,15 @@ def _in_unit_of(target: Target, amount: float, whole: float) -> str:
         return f"{target.metric}={math.ceil(amount / whole * 1000) / 10:g}%"
     match = re.fullmatch(r"[a-z]+=([0-9.]+(?:e[0-9]+)?)([A-Za-z]*)", target.text)
     if match is None or target.amount is None:
-        return f"{target.metric}={math.ceil(amount):g}"
+        return f"{target.metric}={math.ceil(amount)}"
     number = amount / (target.amount / float(match[1]))
     digits = max(0, 3 - len(str(int(number))))
-    return f"{target.metric}={math.ceil(number * 10**digits) / 10**digits:g}{match[2]}"
+    return f"{target.metric}={_plain(math.ceil(number * 10**digits) / 10**digits)}{match[2]}"
+
+
+def _plain(number: float) -> str:
+    """Digits alone: what a target is read from has no 1e+06."""
+    return f"{number:.3f}".rstrip("0").rstrip(".")
 
 
 def _why(graph: ChannelGraph) -> str:

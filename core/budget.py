@@ -106,10 +106,6 @@ class Budget:
         }
         return Budget(self.targets, self.dense, limits)
 
-    def scaled(self, factor: float) -> Budget:
-        """The same targets with every limit multiplied by `factor`."""
-        return Budget(self.targets, self.dense, {q: limit * factor for q, limit in self.limits.items()})
-
     def gradient(self, graph: ChannelGraph, counts: FloatArray) -> FloatArray:
         """d load / d count of the most binding target, shape (groups,) in the order of `graph.groups`."""
         cost = graph.cost_model.at(counts)

@@ -121,7 +121,7 @@ class ChannelGraph:
         """
         groups = []
         for group in self.groups.values():
-            least = max(math.ceil(share * group.units), 2 if group.units >= 8 else 1, group.min_units)
+            least = max(math.ceil(share * group.units - 1e-9), 2 if group.units >= 8 else 1, group.min_units)
             step = math.lcm(group.multiple_of, multiple_of) if group.units > multiple_of else group.multiple_of
             groups.append(replace(group, min_units=min(least, group.units), multiple_of=step))
         return self.with_groups(groups)

@@ -30,6 +30,8 @@ _RIDGE = 1e-3
 """Of the mean variance, in trials."""
 _IN_TURN = 0.25
 """Share of the units that move at a time when all at once do not settle."""
+_LEAST_HOT = 1e-3
+"""The first temperature where all units are worth the same: far above what a root is found to."""
 _FROZEN, _TIE = 1e-10, 1e-6
 """The last temperature, and by how much the first unit is worth more than the last, as shares of T0."""
 _TRUST = 0.5
@@ -265,7 +267,7 @@ class GroupSearch:
                     value = lattice.vector(found.value | of_layers)
                 if self.first is None:
                     of_units = np.concatenate([found.value[name] for name in lattice.names if name in found.value])
-                    self.first = max(self.config.hot * float(of_units.std()), 1e-9)
+                    self.first = max(self.config.hot * float(of_units.std()), _LEAST_HOT)
                 temperature = self.first * (_FROZEN if frozen else self.config.cooling**self.rung)
                 if self.config.cost == "recomputed":
                     price = lattice.prices(pi, self.config.cost_power)

@@ -59,8 +59,9 @@ class GsmAnnealConfig(AnnealingConfig):
     """Pieces of the ladder; None is 1 without expansion (rounds that train bring nothing there:
     benchmarks/results/annealing), and with it 1 below 20 epochs (2 for branches) and 3 from there on."""
     round_share: float = Field(default=0.2, ge=0, le=1)
-    """Share of the training that is spent in rounds, gated; the rest recovers. An epoch counts by its MACs: one of
-    a larger model takes as much from the budget as several of the pruned one."""
+    """Share of the training for rounds, gated, in equal parts; the last round trains only where there are
+    branches, and leaves its part to the recovery, as all of the rest. An epoch counts by its MACs: one of a larger
+    model takes as much from the budget as several of the pruned one."""
     round_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the rounds; None is the tail of the recovery's cycle, a fifth of its peak to 0."""
     vanish: float = Field(default=0.02, gt=0, lt=0.5)

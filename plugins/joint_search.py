@@ -72,7 +72,7 @@ class JointSearchConfig(PluginConfig):
     """Scale of the Gumbel perturbation of log energies, falling to 0 over the rounds."""
     sharpness: float = Field(default=1.0, ge=0.25, le=10)
     """Divides log energies before the softmax (tau)."""
-    evaluations: int = Field(default=0, ge=0)
+    evaluations: int = Field(default=0, ge=0, le=4000)
     """Sub-networks that ThreshNet proposes over all rounds; 0 cuts all groups at one shared threshold. Off by
     default: at equal compute it has not earned its proposals yet (benchmarks/results/joint_search.md)."""
     search_share: float = Field(default=0.15, ge=0, lt=1)

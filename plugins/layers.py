@@ -100,21 +100,29 @@ def harden(
 ) -> dict[str, IntArray]:
     """The units and layers of highest rank, at exact costs. Raises UnreachableTargetError.
 
-    Layers are lumps: while one more of them, in exchange for channels, uses the budget better, the one that ranks
-    highest among those that would go stays.
+    Layers are lumps: of those that would go, from the highest rank on, each stays that in exchange for channels
+    uses the budget better.
     """
     keep = global_keep(space, budget, ranks)
     gone = [name for name in choice.names if not len(keep[name])]
+    load = _load(space, budget, keep)
     for name in sorted(gone, key=lambda name: -float(ranks[name][0])):
-        if budget.load(space.cost({n: len(units) for n, units in keep.items()})) >= CLOSE:
+        if load >= CLOSE:
             break
-        groups = [replace(g, min_units=1) if g.name == name else g for g in space.groups.values()]
-        space = space.with_groups(groups)
+        with_it = space.with_groups(
+            replace(g, min_units=1) if g.name == name else g for g in space.groups.values()
+        )
         try:
-            keep = global_keep(space, budget, ranks)
+            other = global_keep(with_it, budget, ranks)
         except UnreachableTargetError:
             break
+        if _load(space, budget, other) > load:
+            space, keep, load = with_it, other, _load(space, budget, other)
     return keep
+
+
+def _load(space: ChannelGraph, budget: Budget, keep: Mapping[str, IntArray]) -> float:
+    return budget.load(space.cost({name: len(units) for name, units in keep.items()}))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -38,7 +38,8 @@ class Coefficients:
 
 
 def scale(energy: FloatArray, size: FloatArray, noise: float, c1: float = 4.0) -> FloatArray:
-    """theta, the minimiser of f, or 0 where the energy is below 2 c1 sigma^2 or 0 has the lower objective."""
+    """theta where f has its minimum, epsilon left out of the slope; 0 where the energy is below 2 c1 sigma^2, or
+    0 has the lower objective."""
     theta0 = np.sqrt(np.maximum(energy / size - noise, 0.0))
     real = (energy >= 2 * c1 * noise) & (theta0 > 0)
     root = np.sqrt(np.where(real, 1 - 2 * c1 * noise / np.where(real, energy, 1.0), 0.0))

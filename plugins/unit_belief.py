@@ -7,7 +7,7 @@ A Kalman filter per unit with shared noise per group (methods.md, section 3.2):
     learn     b <- .7 b + .3 mean(e)             Q <- .7 Q + .3 max(var(e) - R, 0)
 
 R is at least half of the innovations' variance: the variance between folds alone would make every gain 1.
-The probability that a unit goes is Phi((tau - m) / sqrt(P)), tau such that the expected cost is the budget.
+The probability that a unit goes is Phi((tau - m) / sqrt(P + Q)), tau such that the expected cost is the budget.
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from prunus.core.adapter import ModelAdapter
-from prunus.core.directives import Evaluate, Grow, Measure, Remove, Snapshot, Train
+from prunus.core.directives import Distillation, Evaluate, Grow, Measure, Remove, Snapshot, Train
 from prunus.core.errors import ConfigError, JournalError, PluginError
 from prunus.core.graph import ChannelGraph
 from prunus.core.signals import Signal
@@ -86,6 +87,83 @@ def evaluation_changes_nothing(fresh: Fresh, name: str) -> None:
     after = adapter.evaluate(Evaluate())
     if before != after:
         raise PluginError(name, "measuring and evaluating leave the model as it was", f"{before} became {after}.")
+
+
+def draws_nothing_of_trainings(fresh: Fresh, name: str) -> None:
+    """Law 6: a training is the same whatever was looked at before it."""
+    outcomes = []
+    for looks in (False, True):
+        adapter = fresh()
+        if looks:
+            keep = _keep(adapter.graph)
+            adapter.measure(Measure(frozenset(Signal), images=64))
+            adapter.evaluate(Evaluate(within=keep, refit="sequential", images=64))
+        adapter.train(Train(epochs=1.0))
+        outcomes.append(adapter.evaluate(Evaluate()))
+    if outcomes[0] != outcomes[1]:
+        rule = "measuring and evaluating draw no random numbers of a training"
+        raise PluginError(name, rule, f"{outcomes[0]} became {outcomes[1]}.")
+
+
+def gate_gradients_are_slopes(fresh: Fresh, name: str) -> None:
+    """Law 4: along a direction, the gradient is what the loss does between two gates near 1."""
+    adapter, step = fresh(), 0.05
+    graph, rng = adapter.graph, np.random.default_rng(0)
+    signals = adapter.measure(Measure(frozenset({Signal.GATE_GRADIENT}), split="holdout", images=10**6))
+    groups = [g for g, group in graph.prunable.items() if group.gateable]
+    slopes = {g: signals.read(Signal.GATE_GRADIENT, g) for g in groups}
+    # downhill, and what chance adds to it: a wrong gradient is not excused by a direction in which nothing happens
+    ways = {
+        g: -slopes[g] / max(float(np.abs(slopes[g]).max()), 1e-12) + 0.3 * rng.normal(size=len(slopes[g]))
+        for g in groups
+    }
+    losses = [
+        adapter.evaluate(Evaluate(gates={g: np.clip(1 + s * ways[g], 0, 2) for g in groups})).loss
+        for s in (step, -step)
+    ]
+    seen = (losses[0] - losses[1]) / (2 * step)
+    told = sum(float(slopes[g] @ ways[g]) for g in groups)
+    if abs(seen - told) > 0.2 * max(abs(seen), abs(told)):
+        raise PluginError(
+            name, "gate gradients are slopes of the loss", f"It falls by {-seen:.3g}, not {-told:.3g}."
+        )
+
+
+def hears_what_it_is_told(fresh: Fresh, name: str) -> None:
+    """What a directive says besides its kind makes a difference."""
+    graph = fresh().graph
+    keep = _keep(graph)
+    group = next(g for g in graph.prunable if graph.groups[g].gateable)
+    half = {group: np.where(np.arange(graph.units[group]) % 2, 0.0, 1.0)}
+    plain = Train(epochs=1.0)
+    answers = {}
+    for what, directive in {
+        "": plain,
+        "gates": replace(plain, gates=half),
+        "decay": replace(plain, decay={group: np.full(graph.units[group], 50.0)}),
+        "within": replace(plain, within=keep),
+        "distil": replace(plain, distil=Distillation(("kit",), weight=0.9)),
+    }.items():
+        adapter = fresh()
+        adapter.snapshot(Snapshot("kit"))
+        adapter.train(directive)
+        answers[what] = adapter.evaluate(Evaluate()).loss
+        if what and answers[what] == answers[""]:
+            raise PluginError(name, f"a training hears its `{what}`", "It ended as without.")
+    adapter = fresh()
+    gated = adapter.evaluate(Evaluate(gates=half)).loss
+    adapter.remove(Remove({}, gates=half))
+    folded = adapter.evaluate(Evaluate()).loss
+    if not _close(gated, folded):
+        raise PluginError(name, "a removal folds its gates", f"Loss: gated {gated:g}, folded {folded:g}.")
+    reader = graph.groups[group].with_role("reads")[0].tensor
+    asked = Measure(frozenset({Signal.ACTIVATION_MEAN}), images=64)
+    means = [
+        fresh().measure(replace(asked, fold=fold)).read(Signal.ACTIVATION_MEAN, reader)
+        for fold in ((0, 2), (1, 2))
+    ]
+    if np.array_equal(means[0], means[1]):
+        raise PluginError(name, "two folds are different images", f"Means of {reader!r} are the same.")
 
 
 def grows_without_changing_the_function(fresh: Fresh, name: str) -> None:
@@ -172,6 +250,9 @@ ADAPTER_RULES: dict[str, Callable[[Fresh, str], None]] = {
     "masked equals pruned": masked_equals_pruned,
     "a block that is gated to zero equals one that is removed": blocks_go_as_the_graph_says,
     "measuring and evaluating leave the model as it was": evaluation_changes_nothing,
+    "measuring and evaluating draw no random numbers of a training": draws_nothing_of_trainings,
+    "gate gradients are slopes of the loss": gate_gradients_are_slopes,
+    "what a directive says is heard": hears_what_it_is_told,
     "growth preserves the function": grows_without_changing_the_function,
     "signals have their shapes": signals_have_their_shapes,
     "a checkpoint restores everything": checkpoints_restore_everything,

@@ -177,6 +177,14 @@ def keeps_equal_counts(policy: type[PruningPolicy], name: str) -> None:
     _run(policy, name, "macs=60%", widths=(8, 16, 16, 4), **tied)
 
 
+def ends_where_nothing_is_left(policy: type[PruningPolicy], name: str) -> None:
+    """The one group that may shrink has one step to go: after it, with rounds ahead, nothing can be chosen."""
+    options: dict[str, Any] = {"h0": {"multiple_of": 12}, "h1": {"locked": "for the test"}}
+    plan, _ = _run(policy, name, "macs=60%", epochs=10 * EPOCHS, **options)
+    if plan.kept_counts["h0"] != 12:
+        raise PluginError(name, "it removes the one step there is", f"It kept {plan.kept_counts['h0']} of 24.")
+
+
 def deterministic(policy: type[PruningPolicy], name: str) -> None:
     seen = [Seen(name), Seen(name)]
     for i, one in enumerate(seen):
@@ -260,6 +268,7 @@ POLICY_RULES: dict[str, Callable[[type[PruningPolicy], str], None]] = {
     "kept counts are whole multiples": keeps_whole_multiples,
     "locked groups keep everything": leaves_locked_groups_alone,
     "groups that are tied keep equal counts": keeps_equal_counts,
+    "a run ends well where nothing is left to shrink": ends_where_nothing_is_left,
     "equal task and observations, equal directives": deterministic,
     "equal task and observations, equal directives, in every process": same_in_every_process,
     "a resumed run ends in the same plan and weights": resumes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from prunus.core.signals import Signal, SignalReader
 from prunus.core.testing.adapter_contract import AdapterContract
 from prunus.core.testing.adapter_rules import ADAPTER_RULES, Fresh
 from prunus.core.testing.simulation import SimulatedAdapter
+
+T = TypeVar("T")
 
 
 def _simulated(cls: type[SimulatedAdapter] = SimulatedAdapter) -> SimulatedAdapter:
@@ -92,6 +95,45 @@ class TrainsDifferently(SimulatedAdapter):
         return super().train(directive)
 
 
+class DrawsInMeasuring(SimulatedAdapter):
+    def measure(self, directive: Measure) -> SignalReader:
+        self._trainings += 1  # the seed of the next training
+        return super().measure(directive)
+
+
+class InventsGradients(SimulatedAdapter):
+    def measure(self, directive: Measure) -> SignalReader:
+        reader = super().measure(directive)
+        if Signal.GATE_GRADIENT in directive.signals:
+            rng = np.random.default_rng(0)
+            for key, array in reader._arrays.items():  # type: ignore[attr-defined]
+                if key[0] is Signal.GATE_GRADIENT:
+                    reader._arrays[key] = rng.normal(size=array.shape)  # type: ignore[attr-defined]
+        return reader
+
+
+class Deaf(SimulatedAdapter):
+    """Does not hear one field of one directive."""
+
+    deaf_to = ""
+
+    def train(self, directive: Train) -> Trained:
+        return super().train(self._heard(directive))
+
+    def remove(self, directive: Remove) -> Changed:
+        return super().remove(self._heard(directive))
+
+    def measure(self, directive: Measure) -> SignalReader:
+        return super().measure(self._heard(directive))
+
+    def _heard(self, directive: T) -> T:
+        kind, _, field = self.deaf_to.partition(".")
+        if type(directive).__name__ != kind:
+            return directive
+        nothing = next(f.default for f in dataclasses.fields(directive) if f.name == field)  # type: ignore[arg-type]
+        return dataclasses.replace(directive, **{field: nothing})  # type: ignore[type-var]
+
+
 class ShrugsAtDamage(SimulatedAdapter):
     def restore(self, folder: Path) -> None:
         if (folder / "state.json").exists():
@@ -107,6 +149,8 @@ FAULTS: dict[type[SimulatedAdapter], str] = {
     ForgetsHowOftenItTrained: "a checkpoint restores everything",
     MeasuresTooMuch: "signals have their shapes",
     TrainsDifferently: "a checkpoint restores everything",
+    DrawsInMeasuring: "measuring and evaluating draw no random numbers of a training",
+    InventsGradients: "gate gradients are slopes of the loss",
     ShrugsAtDamage: "an unreadable checkpoint is a JournalError",
 }
 
@@ -115,3 +159,12 @@ FAULTS: dict[type[SimulatedAdapter], str] = {
 def test_a_faulty_adapter_is_caught_by_the_right_rule(fault: type[SimulatedAdapter]) -> None:
     with pytest.raises(PluginError, match="'guilty'"):
         ADAPTER_RULES[FAULTS[fault]](lambda: _simulated(fault), "guilty")
+
+
+@pytest.mark.parametrize(
+    "field", ["Train.gates", "Train.decay", "Train.within", "Train.distil", "Remove.gates", "Measure.fold"]
+)
+def test_an_adapter_that_does_not_hear_a_field_is_caught(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Deaf, "deaf_to", field)
+    with pytest.raises(PluginError, match="'guilty'"):
+        ADAPTER_RULES["what a directive says is heard"](lambda: _simulated(Deaf), "guilty")

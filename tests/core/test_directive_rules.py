@@ -15,6 +15,7 @@ from prunus.core.directive_rules import DirectiveRules
 from prunus.core.directives import (
     Changed,
     Directive,
+    Distillation,
     Evaluate,
     Grow,
     Measure,
@@ -70,6 +71,26 @@ BROKEN: dict[str, tuple[PruningPolicy, str]] = {
     "no such teacher": (_policy(Evaluate(model="stranger")), "a model is one of"),
     "shrinking growth": (_policy(Grow({"h0": 3})), "Grow does not shrink"),
     "path as a name": (_policy(Snapshot("../../etc")), "a snapshot's name"),
+    "the dense model's name": (_policy(Snapshot("dense")), "not one that the run itself uses"),
+    "the average's name": (_policy(Snapshot("ema")), "not one that the run itself uses"),
+    "a teacher that is not there": (_policy(Train(1, distil=Distillation())), "a teacher is one of"),
+    "an average that is not there": (_policy(Evaluate(model="ema")), "a model is one of"),
+    "an average of what is thrown away": (
+        _policy(Train(0.1, within={"h0": range(8)}, ema=0.9), Evaluate(model="ema")),
+        "a model is one of",
+    ),
+    "endless temperature": (
+        _policy(Snapshot("a"), Train(1, distil=Distillation(("a",), temperature=float("inf")))),
+        "Distillation.temperature lies in",
+    ),
+    "a snapshot with gates": (
+        _policy(Snapshot("a"), Evaluate(model="a", gates={"h0": np.zeros(24)})),
+        "evaluated as it is",
+    ),
+    "unknown recalibration": (_policy(Remove({}, recalibrate="sometimes")), "recalibrate is one of"),  # type: ignore[arg-type]
+    "unknown schedule": (_policy(Train(1, schedule="linear")), "a schedule is one of"),  # type: ignore[arg-type]
+    "half a unit": (_policy(Grow({"h0": 26.5})), "a width is a whole number"),  # type: ignore[dict-item]
+    "half an image": (_policy(Evaluate(images=1.5)), "images are a whole number"),  # type: ignore[arg-type]
     "NaN in a note": (_policy(Note("n", {"x": float("nan")})), "numbers are finite"),
     "never removes": (_policy(Evaluate()), "must return a PruningPlan"),
     "measured without a block that is none": (
@@ -129,7 +150,13 @@ def test_what_a_policy_reads_cannot_be_written() -> None:
 
 @pytest.mark.parametrize(
     "directive",
-    [Train(epochs=1), Evaluate(), Measure(frozenset({Signal.ACTIVATION_MEAN})), Remove({}, refit="sequential")],
+    [
+        Train(epochs=1),
+        Evaluate(),
+        Measure(frozenset({Signal.ACTIVATION_MEAN})),
+        Remove({}, refit="sequential"),
+        Remove({}, recalibrate="yes"),
+    ],
 )
 def test_without_data_only_weights_can_be_asked_for(directive: Directive) -> None:
     with pytest.raises(PluginError, match="without"):
@@ -142,6 +169,16 @@ def test_another_plan_than_the_adapters_last_one_is_refused() -> None:
     foreign = adapter.remove(Remove({"h0": [0, 1, 2], "h1": [0, 1, 2]})).plan
     with pytest.raises(PluginError, match="plan of its last Remove"):
         _execute(_policy(Remove(keep), plan=foreign))
+
+
+def test_groups_of_one_width_grow_together() -> None:
+    tied: Any = {"h0": {"equal_count": "t"}, "h1": {"equal_count": "t"}}
+    task = SimulatedAdapter((8, 16, 16, 4), samples=128, dense_epochs=1, **tied).task("macs=50%")
+    rules = DirectiveRules("guilty", task, task.graph)
+    rules.check(Grow({"h0": 20, "h1": 20}))
+    for widths in ({"h0": 20}, {"h0": 20, "h1": 18}):
+        with pytest.raises(PluginError, match="groups of equal width grow together"):
+            rules.check(Grow(widths))
 
 
 def test_a_block_goes_once_and_its_gate_is_one_number_that_no_removal_folds() -> None:

@@ -278,6 +278,21 @@ def test_symmetric_and_single_precision_arrays_take_half_the_room_and_come_back_
     assert sizes[2] < 0.52 * sizes[1]
 
 
+@pytest.mark.parametrize("shape", [(), (4, 3, 5), (1,)])
+def test_arrays_come_back_in_the_memory_order_in_which_they_were_read(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    other = np.array(np.random.default_rng(0).normal(size=shape), order="F")  # as of a channels_last model
+    reader = RecordingReader(Matrices(c=other), "p")
+    read = reader.read(Signal.ACTIVATION_COVARIANCE, "c")
+    journal = Journal.create(tmp_path / "journal", "1.0", BELONGS)
+    journal.append("Measure", "0" * 64, reader, 0.0)
+    (entry,) = Journal.open(journal.folder, "1.0", BELONGS).entries
+    found = entry.observation.read(Signal.ACTIVATION_COVARIANCE, "c")  # type: ignore[union-attr]
+    np.testing.assert_array_equal(found, other)
+    assert found.shape == read.shape == shape and found.strides == read.strides
+
+
 @pytest.mark.parametrize("side", [99, 101, 10**6])
 def test_a_triangle_of_another_size_is_refused(side: int) -> None:
     reader = RecordingReader(Matrices(c=np.eye(100)), "p")

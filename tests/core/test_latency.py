@@ -11,6 +11,7 @@ from prunus.core.allocation import global_keep
 from prunus.core.budget import Budget, Target
 from prunus.core.cost import CostTerm, Extent
 from prunus.core.graph import ChannelGraph, ChannelGroup
+from prunus.core.kernels import Kernel
 from prunus.core.latency import (
     Correction,
     LatencyComparison,
@@ -21,6 +22,8 @@ from prunus.core.latency import (
     fit_terms,
     predicted,
 )
+from prunus.core.testing.graphs import residual_graph
+from prunus.plugins.layers import Choice, with_layers
 
 OUT, IN = Extent(0, ((1, ("out",)),)), Extent(0, ((1, ("in",)),))
 COUNTS = [{"out": o, "in": i} for o in (8, 24, 64) for i in (4, 16, 32)]
@@ -78,6 +81,20 @@ def test_latency_is_a_cost_like_any_other() -> None:
     assert cost.macs == 200
     assert cost.latency == pytest.approx(2e-6 * 200 + 1e-4)
     assert cost.share_of(graph().cost())["latency"] == pytest.approx(5e-4 / (2e-6 * 64 * 32 + 1e-4))
+
+
+def test_the_time_of_one_tap_was_not_measured_and_is_taken_for_that_of_all() -> None:
+    kernels = [Kernel("block0.conv1", "block0.conv1.weight", 3)]
+    plain = residual_graph(8, [6, 4]).with_kernels(kernels)
+    term = CostTerm("latency", "block0.conv1", 2e-6, (Extent(0, ((1, ("inner0",)),)),))
+    whole = ChannelGraph(
+        plain.groups.values(), [*plain.terms, term], plain.tensors, plain.blocks.values(), kernels
+    )
+    reduced = whole.without_kernels(["block0.conv1"])
+    assert reduced.cost().latency == whole.cost().latency == pytest.approx(12e-6)
+    assert reduced.cost().params < whole.cost().params
+    space = with_layers(whole, Choice.of(whole, "kernels"))
+    assert space.cost().latency == pytest.approx(12e-6)
 
 
 @pytest.mark.parametrize("text", ["latency=50%", "latency=2ms"])

@@ -65,7 +65,13 @@ def test_blocks_go_one_at_a_time_until_the_target_is_met_and_channels_stay_whole
     assert not task.budget.met(all_but_one.cost())
     trained = transcript.of(Train)
     assert len(trained) == len(removals)  # between two removals, and the recovery
-    assert sum(t.epochs for t in trained) <= task.epochs
+    assert sum(t.epochs for t in trained) == pytest.approx(task.epochs)
+
+
+def test_no_block_goes_where_the_target_is_met_already(adapter: PyTorchAdapter) -> None:
+    transcript = _drive(adapter, _task(adapter, "macs=100G"), rounds=1)
+    assert transcript.plan.removed_blocks == []
+    assert adapter.graph.units == _task(adapter, "macs=100G").graph.units
 
 
 def test_channels_follow_where_blocks_alone_do_not_reach_the_target(adapter: PyTorchAdapter) -> None:
