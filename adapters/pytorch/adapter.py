@@ -6,7 +6,6 @@ directive does to tensors is in the modules that this one calls; here is who is 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from prunus.adapters.pytorch.averaging import WeightAverage, decay_of, settle
 from prunus.adapters.pytorch.batches import Batches, DataBundle
 from prunus.adapters.pytorch.branching import settle_norms
+from prunus.adapters.pytorch.copies import copied, in_eval
 from prunus.adapters.pytorch.distillation import Teacher, classification_loss
 from prunus.adapters.pytorch.evaluation import evaluate
 from prunus.adapters.pytorch.gating import Gating, fold, when_gated
@@ -227,7 +227,7 @@ class PyTorchAdapter:
         average, decay = None, decay_of(directive, self.settings.training.average)
         if decay is not None:
             if self._averaged is None:
-                self._averaged = copy.deepcopy(self.model)
+                self._averaged = copied(self.model)
             updates = self._epochs_done * self._bundle.train.steps
             average = WeightAverage(self._averaged, self.model, decay, updates)
         job = Job(
@@ -245,7 +245,7 @@ class PyTorchAdapter:
         )
         result = self._trainer.train(self.model, self.optimizer, job)
         if self._averaged is not None and directive.ema is not None:
-            self.snapshots["ema"] = Remembered(self._averaged.eval(), self.plan, self.forward_macs)
+            self.snapshots["ema"] = Remembered(in_eval(self._averaged), self.plan, self.forward_macs)
         elif self._averaged is not None:
             self._notice(settle(self.model, self._averaged, self._judged))
         return result
@@ -342,7 +342,7 @@ class PyTorchAdapter:
             for model in (self.model, *self.companions):
                 fold(model, self.shrinking.wiring, directive.gates)
             self._target = None
-        target = self._target = self._target or Remembered(copy.deepcopy(self.model), plan, self.forward_macs)
+        target = self._target = self._target or Remembered(copied(self.model), plan, self.forward_macs)
         verification = self.shrinking.remove(
             keep, directive.blocks, directive.kernels, verified=self.settings.verify, seed=self._seed
         )
@@ -376,7 +376,7 @@ class PyTorchAdapter:
     ) -> None:
         """Refit `small`, of `plan`, to the model as it was last trained: refits of refits would drift."""
         if self._target is None:
-            self._target = Remembered(copy.deepcopy(self.model), self.plan, self.forward_macs)
+            self._target = Remembered(copied(self.model), self.plan, self.forward_macs)
         dense, since = self.shrinking.since(self._target.plan, plan)
         batches = self._split("calibration").part(images)
         kept, places = dense.kept_indices(since), self.shrinking.places(self._target.plan, plan)
@@ -397,7 +397,7 @@ class PyTorchAdapter:
     # ---- snapshot, checkpoint, restore ------------------------------------------------------------
 
     def snapshot(self, directive: Snapshot) -> None:
-        model = copy.deepcopy(self.model).eval()
+        model = in_eval(copied(self.model))
         self.snapshots[directive.name] = Remembered(model, self.plan, self.forward_macs)
         self._state_changes += 1
 

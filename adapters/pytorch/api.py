@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from prunus.adapters.pytorch.artifact import load
 from prunus.adapters.pytorch.catalog import BuiltModel
+from prunus.adapters.pytorch.copies import copied, in_eval
 from prunus.adapters.pytorch.defaults import filled
 from prunus.adapters.pytorch.session import PyTorchSession, open_session, output_classes
 from prunus.adapters.pytorch.user_data import GIVEN, GivenInputs, bundle_of, holdout_of
@@ -112,7 +112,7 @@ def prune(
         open_session=opened,
     )
     adapter = session[-1].adapter
-    return Pruned(adapter.model.eval(), adapter.plan, report, folder.path)
+    return Pruned(in_eval(adapter.model), adapter.plan, report, folder.path)
 
 
 def session_of(
@@ -143,17 +143,16 @@ def session_of(
     _refuse_what_own_data_decides(settings)
     if train_data is not None:
         _takes_images_alone(model)
-        given = inputs.images
-        kept_back, size = settings.holdout, settings.batch_size
-        bundle = bundle_of(train_data, test_data, like=given, holdout=kept_back, batch_size=size)
+        like, size = inputs.images, settings.batch_size
+        bundle = bundle_of(train_data, test_data, like=like, holdout=settings.holdout, batch_size=size)
         if holdout_data is not None:
-            judged = holdout_of(holdout_data, bundle.classes, like=given, batch_size=size or 64)
+            judged = holdout_of(holdout_data, bundle.classes, like=like, batch_size=size or 64)
             bundle = replace(bundle, holdout=judged)
-    own = model if in_place else copy.deepcopy(model)
-    fresh = copy.deepcopy(model)
-    outputs = output_classes(copy.deepcopy(fresh), inputs.args) if bundle is not None else None
+    own = model if in_place else copied(model)
+    fresh = copied(model)
+    outputs = output_classes(copied(fresh), inputs.args) if bundle is not None else None
     built = BuiltModel(own, ModelSource(name=name), inputs, trained, outputs)
-    session = PyTorchSession(settings, built, bundle, lambda source: copy.deepcopy(fresh))
+    session = PyTorchSession(settings, built, bundle, lambda source: copied(fresh))
     if bundle is not None and outputs is not None and outputs < bundle.classes:
         raise LoadError(f"train_data has a class {bundle.classes - 1}, the model knows 0..{outputs - 1}")
     return session
@@ -212,7 +211,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certifi
     With `certified`, random removals are tried on copies, and what the forward pass cannot follow is
     locked, with the reason. Raises TraceError if the model cannot be captured.
     """
-    return prepare(copy.deepcopy(model), example_inputs, certified=certified).graph
+    return prepare(copied(model), example_inputs, certified=certified).graph
 
 
 __all__ = ["Pruned", "load", "objects_settings", "prune", "session_of", "trace"]

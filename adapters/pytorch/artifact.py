@@ -16,6 +16,7 @@ from prunus.adapters.pytorch.attributes import apply_edits
 from prunus.adapters.pytorch.blocks import remove_blocks
 from prunus.adapters.pytorch.branching import replay_branches
 from prunus.adapters.pytorch.catalog import construct
+from prunus.adapters.pytorch.copies import in_eval
 from prunus.adapters.pytorch.handlers import install_handlers
 from prunus.adapters.pytorch.surgery import reindex
 from prunus.adapters.pytorch.weights import load_strictly, read_tensors, untied_state, write_tensors
@@ -107,7 +108,7 @@ def rebuilt(plan: PruningPlan, weights: Path, build: Builder) -> nn.Module:
     model = build(plan.model)
     apply_plan(model, plan)
     load_strictly(model, read_tensors(weights), str(weights))
-    return model.eval()
+    return in_eval(model)
 
 
 def answer(model: nn.Module, example: tuple[Any, ...]) -> list[torch.Tensor]:

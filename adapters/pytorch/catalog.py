@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.checkpoints import Fit, fit_weights, head_classes, read_weights, refuse_non_finite
+from prunus.adapters.pytorch.copies import in_eval
 from prunus.adapters.pytorch.families import FAMILIES, Family, PythonFamily, TimmFamily
 from prunus.adapters.pytorch.inputs import ImageFacts, InputSpec
 from prunus.core.errors import LoadError
@@ -99,7 +100,7 @@ def construct(source: ModelSource, *, allow_python: bool = False) -> nn.Module:
     a file can do nothing but choose an architecture. Raises LoadError.
     """
     family, short = _resolve(source.name, allow_python)
-    return family.construct(short, dict(source.kwargs)).eval()
+    return in_eval(family.construct(short, dict(source.kwargs)))
 
 
 def _resolve(name: str, allow_python: bool) -> tuple[Family, str]:

@@ -7,7 +7,6 @@ random inputs at two batch sizes and on real images if there are any.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import io
 import logging
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from prunus.adapters.pytorch.copies import copied, in_eval
 from prunus.core.errors import MissingDependencyError, TraceError, VerificationError
 from prunus.core.export import TOLERANCE, ExportFormat, ExportReport, Parity
 from prunus.core.files import write_atomically
@@ -91,7 +91,7 @@ def _export(
     convert: Callable[[ExportedProgram, _Captured, Path], Runner],
 ) -> ExportReport:
     inputs = _tensors(model, example)
-    own = copy.deepcopy(model).cpu().eval()  # exporting leaves fake tensors in caches of derived ones
+    own = in_eval(copied(model).cpu())  # exporting leaves fake tensors in caches of derived ones
     captured = _capture(own, inputs, dynamic_batch)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

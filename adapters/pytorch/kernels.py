@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunus.adapters.pytorch.branches import KINDS
 from prunus.adapters.pytorch.comparison import evaluating
-from prunus.adapters.pytorch.refit_layers import calls_and_norms
+from prunus.adapters.pytorch.refit_layers import watch_layers
 from prunus.core.graph import ChannelGraph
 from prunus.core.kernels import Kernel
 
@@ -20,34 +20,31 @@ def find_kernels(model: nn.Module, graph: ChannelGraph, args: tuple[Any, ...]) -
     """Kernel -> the batch norm that takes the convolution's output as it is, or None; in the model's order.
 
     Offered are plain convolutions with a square odd kernel, zeros as padding and positions that stay where they
-    are; branches beside those that run once, are not grouped, and have somewhere for a constant to go: a bias, or
-    that norm. Runs the model once on `args`.
+    are, whose weight and bias have no other use; branches beside those that run once, on batches, are not grouped,
+    have somewhere for a constant to go, a bias or that norm, and of whose weight and bias nothing is read from
+    outside: branches have others, and no hooks. Runs the model once on `args`.
     """
-    users: dict[int, int] = {}
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor):
-            users[id(weight)] = users.get(id(weight), 0) + 1
     able = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Conv2d
         and _centred(module)
-        and users[id(module.weight)] == 1
         and f"{name}.weight" in graph.tensors
         and any(term.source == name and term.quantity == "macs" for term in graph.terms)
     }
     if not able:
         return {}
     with evaluating(model):
-        calls, norms = calls_and_norms(model, args)
+        seen = watch_layers(model, args)
     paths = {module: name for name, module in model.named_modules()}
     found = {}
     for name, module in able.items():
-        if not calls.get(module):
+        if module not in seen.calls or module in seen.shared:
             continue
-        norm = norms.get(module)
-        branches = _branches(module) if calls[module] == 1 and (module.bias is not None or norm) else ()
+        norm = seen.norms.get(module)
+        alone = seen.calls[module] == 1 and module not in seen.looked_at and module not in seen.unbatched
+        alone = alone and not (module._forward_hooks or module._forward_pre_hooks)  # branches would be without
+        branches = _branches(module) if alone and (module.bias is not None or norm) else ()
         found[Kernel(name, f"{name}.weight", module.kernel_size[0], branches)] = paths[norm] if norm else None
     return found
 

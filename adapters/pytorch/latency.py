@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.adapters.pytorch.copies import copied
 from prunus.core.errors import ConfigError
 from prunus.core.latency import LatencyComparison, Timing
 
@@ -80,7 +80,7 @@ def measure(
 
 
 def _converted(model: nn.Module, dtype: str) -> nn.Module:
-    return model if dtype == "float32" else copy.deepcopy(model).to(DTYPES[dtype])
+    return model if dtype == "float32" else copied(model).to(DTYPES[dtype])
 
 
 def _loops(model: nn.Module, inputs: tuple[Any, ...], clock: Clock) -> int:

@@ -32,6 +32,7 @@ from prunus.adapters.pytorch.api import objects_settings, session_of
 from prunus.adapters.pytorch.comparison import evaluating
 from prunus.adapters.pytorch.handlers import install_handlers
 from prunus.adapters.pytorch.loop_piece import Piece
+from prunus.adapters.pytorch.optimizer_trial import refuse_stuck
 from prunus.adapters.pytorch.schedule import total_steps
 from prunus.adapters.pytorch.session import PyTorchSession
 from prunus.adapters.pytorch.user_data import GIVEN
@@ -330,6 +331,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
     ours = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
         raise ConfigError("the optimizer trains no parameter of the model; make it from model.parameters()")
+    refuse_stuck(optimizer)
 
 
 def _average_of(ema: nn.Module | None, model: nn.Module) -> nn.Module | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.gating import Gating
+from prunus.adapters.pytorch.optimizer_state import nested
 from prunus.adapters.pytorch.unit_decay import UnitDecay
 from prunus.core.errors import ConfigError
 
@@ -32,7 +33,12 @@ class LoopHooks:
         # plain functions: a copy of the model that the user takes meanwhile does not copy the run
         self._handles = [
             model.register_forward_pre_hook(_entering(self), with_kwargs=True),
-            optimizer.register_step_pre_hook(_stepping(self)),
+            # of a wrapper (Lookahead) the one inside calls the hooks, and the wrapper may have none
+            *(
+                one.register_step_pre_hook(_stepping(self))
+                for one in nested(optimizer)
+                if hasattr(one, "_optimizer_step_pre_hooks")
+            ),
         ]
 
     def close(self) -> None:
@@ -68,9 +74,10 @@ class LoopHooks:
             self._version = self._state_version()
 
     def before_update(self) -> None:
-        """Gradients are there, the optimizer is about to use them."""
-        if self._on:
-            self._take_off()
+        """Gradients are there, the optimizer is about to use them. A wrapper and what it wraps may both say so."""
+        if not self._on:
+            return
+        self._take_off()
         if self._decay is not None:
             self._decay(max(float(group["lr"]) for group in self._optimizer.param_groups))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import deque
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from prunus.adapters.pytorch.adapter import PyTorchAdapter
 from prunus.adapters.pytorch.averaging import WeightAverage
+from prunus.adapters.pytorch.copies import copied, in_eval
 from prunus.adapters.pytorch.distillation import distillation_loss, teacher_logits
 from prunus.adapters.pytorch.gating import Gating
 from prunus.adapters.pytorch.loop_hooks import LoopHooks
@@ -33,7 +33,7 @@ class Piece:
         self._taught = False
         self._losses: deque[float] = deque(maxlen=steps_per_epoch)
         self._macs = 3 * adapter.forward_macs + sum(teacher.macs for teacher in self._teachers)
-        self._averaged = copy.deepcopy(model) if directive.ema is not None else None
+        self._averaged = copied(model) if directive.ema is not None else None
         self._average = (
             WeightAverage(self._averaged, model, directive.ema)
             if self._averaged is not None and directive.ema is not None
@@ -79,7 +79,7 @@ class Piece:
                 stacklevel=4,
             )
         if self._averaged is not None:
-            adapter.snapshots["ema"] = Remembered(self._averaged.eval(), adapter.plan, adapter.forward_macs)
+            adapter.snapshots["ema"] = Remembered(in_eval(self._averaged), adapter.plan, adapter.forward_macs)
         adapter.trained()
         loss = sum(self._losses) / len(self._losses)
         return Trained(loss=loss, accuracy=None, macs=self._macs * self.hooks.images, steps=self.done)

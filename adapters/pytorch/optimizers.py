@@ -127,12 +127,16 @@ def channels_last(module: nn.Module, wanted: bool) -> Iterator[None]:
     """Weights of convolutions in the layout that is fastest to train, in the usual one afterwards.
 
     Saved weights are in the usual layout, and kernels of another layout round differently: a model must
-    answer the same before it is saved and after it is loaded.
+    answer the same before it is saved and after it is loaded. Weights of four axes alone have that layout.
     """
     if wanted:
-        module.to(memory_format=torch.channels_last)
+        _lay_out(module, torch.channels_last)
     try:
         yield
     finally:
         if wanted:
-            module.to(memory_format=torch.contiguous_format)
+            _lay_out(module, torch.contiguous_format)
+
+
+def _lay_out(module: nn.Module, layout: torch.memory_format) -> None:
+    module._apply(lambda tensor: tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor)

@@ -40,6 +40,11 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return given
 
 
+def runs_over(layer: Reader, input: Tensor) -> tuple[int, ...]:
+    """The lengths of an input's axes besides the channels: images, then positions."""
+    return tuple(input.shape[:-1] if isinstance(layer, nn.Linear) else (input.shape[0], *input.shape[2:]))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """Which output positions of which images are looked at."""

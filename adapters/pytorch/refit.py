@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunus.adapters.pytorch.channel_refit import refit_by_channels
 from prunus.adapters.pytorch.covariance import Moments
-from prunus.adapters.pytorch.patches import Sample, layer_input, outputs, rows, sample, weight_rows
+from prunus.adapters.pytorch.patches import Sample, layer_input, outputs, rows, runs_over, sample, weight_rows
 from prunus.adapters.pytorch.progress import Progress
 from prunus.adapters.pytorch.refit_layers import Layer, find_layers
 from prunus.adapters.pytorch.regression import GROWTH
@@ -87,9 +87,11 @@ def refit(
     what the ridge pulls towards; its strength is `share` of the mean diagonal, or, if None, the one that
     predicts held-out images best (`sequential`) and, if the model `trains` afterwards, keeps the norm of a
     layer's weights within `GROWTH`: larger ones predict better and fall apart in training. Where nothing was
-    removed, or nothing has to be compensated, nothing changes, bit for bit. Layers that run more than once in
-    a forward pass, and those that do more with their weight than multiply, are left; `Refitted.skipped` names
-    them. `progress` is told after every layer of a `sequential` refit, and may raise to stop.
+    removed, or nothing has to be compensated, nothing changes, bit for bit. Layers whose weight or bias is used
+    more than once in a forward pass, or which do more with their weight than multiply, or run on something else
+    than images, are left; `Refitted.skipped` names them. A layer is refitted to what it makes of its input itself,
+    before any forward hook of the user. `progress` is told after every layer of a `sequential` refit, and may
+    raise to stop.
     Raises TrainingError if what reaches a layer is not finite.
     """
     smaller = _size(pruned) < _size(dense)
@@ -99,7 +101,7 @@ def refit(
     with measuring(pruned, dense):
         layers, skipped = find_layers(pruned, dense, graph, kept_indices, survival or {}, images[:2], places or {})
         if mode == "sequential":
-            changed = _sequential(pruned, dense, layers, images, share, growth, progress)
+            changed = _sequential(pruned, dense, layers, images, share, growth, progress, skipped)
         else:
             changed = refit_by_channels(dense, layers, images, mode, share, growth)
     return Refitted(changed, skipped, len(images))
@@ -153,15 +155,21 @@ def _sequential(
     share: float | None,
     growth: float,
     progress: Callable[[Progress], None] | None,
+    skipped: dict[str, str],
 ) -> list[str]:
+    """The names of the layers that changed; those that turn out to run over other positions go into `skipped`."""
     targets = _dense_outputs(dense, layers, images)
     total = len(targets)
     changed: list[str] = []
 
     def before(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> None:
-            where, wanted = targets.pop(layer.name)
-            if _regress(layer, layer_input(args, kwargs), where, wanted, share, growth):
+            target = targets.pop(layer.name)
+            input = layer_input(args, kwargs)
+            if runs_over(layer.pruned, input) != target.over:
+                if layer.shrunk:
+                    skipped[layer.name] = "it runs over other positions than in the dense model"
+            elif _regress(layer, input, target.where, target.wanted, share, growth):
                 changed.append(layer.name)
             if progress is not None:
                 progress(Progress("refit", total - len(targets), total))
@@ -169,6 +177,7 @@ def _sequential(
         return hook
 
     ahead = [layer for layer in layers if layer.name in targets]
+    # not prepended: the user's pre-hooks may change what the layer is called with
     handles = [layer.pruned.register_forward_pre_hook(before(layer), with_kwargs=True) for layer in ahead]
     try:
         pruned(images)
@@ -178,24 +187,40 @@ def _sequential(
     return changed
 
 
-def _dense_outputs(dense: nn.Module, layers: list[Layer], images: Tensor) -> dict[str, tuple[Sample, Tensor]]:
-    """For each layer: the sampled positions, and the dense outputs there (rows, kept outputs)."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Target:
+    """What a layer is regressed towards."""
+
+    where: Sample
+    wanted: Tensor
+    """(rows, kept outputs): the dense outputs there."""
+    over: tuple[int, ...]
+    """`runs_over` of what the layer must be called with."""
+
+
+def _dense_outputs(dense: nn.Module, layers: list[Layer], images: Tensor) -> dict[str, _Target]:
+    """For each layer: the sampled positions, and the dense outputs there."""
     widths = [layer.pruned.weight.shape[0] for layer in layers]
     room = TARGET_MEMORY // max(images.element_size() * sum(widths), 1)
     limit = min(POSITIONS * len(images), max(min(room, ROWS), len(images)))
-    targets: dict[str, tuple[Sample, Tensor]] = {}
+    targets: dict[str, _Target] = {}
 
-    def after(layer: Layer, seed: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+    def after(layer: Layer, seed: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
             wide = layer.pruned.weight[0].numel() > WIDEST
             output = layer.of_kept_places(output)
+            over = runs_over(layer.dense, output if layer.kept_places else layer_input(args, kwargs))
             where = sample(layer.dense, output, min(limit, NARROW) if wide else limit, seed)
             parts = outputs(layer.dense, output, where)
-            targets[layer.name] = where, torch.cat([layer.of_kept_outputs(part) for part in parts])
+            wanted = torch.cat([layer.of_kept_outputs(part) for part in parts])
+            targets[layer.name] = _Target(where, wanted, over)
 
         return hook
 
-    handles = [layer.dense.register_forward_hook(after(layer, i)) for i, layer in enumerate(layers)]
+    handles = [
+        layer.dense.register_forward_hook(after(layer, i), with_kwargs=True, prepend=True)  # before the user's
+        for i, layer in enumerate(layers)
+    ]
     try:
         dense(images)
     finally:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import FrozenBatchNorm2d
 
 from prunus.adapters.pytorch.patches import Reader, layer_input, reader
 from prunus.core.cost import FloatArray, IntArray
@@ -17,6 +22,8 @@ from prunus.core.graph import Axis, ChannelGraph
 
 LIKELY = 0.9
 """The survival term takes no unit for more certain to go than this."""
+_BATCH_NORMS = (_BatchNorm, FrozenBatchNormAct2d, FrozenBatchNorm2d)
+"""Others may keep a `running_mean` and do something else with it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -119,11 +126,7 @@ def find_layers(
     """The layers that can be refitted, and those with removed inputs that cannot, with the reason."""
     skipped: dict[str, str] = {}
     originals = dict(dense.named_modules())
-    calls, norms = calls_and_norms(pruned, (images,))
-    users: dict[int, int] = {}
-    for module in pruned.modules():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            users[id(module.weight)] = users.get(id(module.weight), 0) + 1
+    seen = watch_layers(pruned, (images,))
     layers = []
     for name, module in pruned.named_modules():
         layer, original = reader(module), reader(originals.get(name, nn.Identity()))
@@ -141,51 +144,173 @@ def find_layers(
             _tensor(kept_indices.get((weight_name, 0))),
             _tensor(kept_in),
             _odds(graph, (weight_name, 1), kept_in, survival),
-            norms.get(module),
+            seen.norms.get(module),
             places.get(weight_name, ()),
         )
         if not found.mixes:
             continue
-        if calls.get(module, 0) == 1 and users[id(layer.weight)] == 1:
+        problem = seen.problem_of(layer)
+        if problem is None:
             layers.append(found)
         elif found.shrunk:
-            times = calls.get(module, 0)
-            skipped[name] = "it is not called" if times == 0 else "its weight is used more than once"
+            skipped[name] = problem
     return layers, skipped
 
 
-def calls_and_norms(
-    model: nn.Module, args: tuple[Any, ...]
-) -> tuple[dict[nn.Module, int], dict[nn.Module, nn.Module]]:
-    """How often each layer runs, and the batch norm that takes a layer's output as it is."""
-    calls: dict[nn.Module, int] = {}
-    made: list[tuple[Tensor, nn.Module]] = []
-    norms: dict[nn.Module, nn.Module] = {}
+@dataclass(slots=True)
+class Seen:
+    """What a forward pass showed of the plain layers (`reader`) of a model."""
 
-    def after(module: nn.Module, args: Any, output: Tensor) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        if output.dim() == 2 or not isinstance(module, nn.Linear):  # channels on axis 1, as norms have them
-            made.append((output, module))
+    calls: dict[nn.Module, int] = field(default_factory=dict)
+    """How often each layer, and each batch norm that follows one, ran."""
+    norms: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    """Layer -> the batch norm that takes its output as it is."""
+    shared: dict[nn.Module, str] = field(default_factory=dict)
+    """Layers whose weight or bias has a use besides their own calls -> which of the two."""
+    looked_at: set[nn.Module] = field(default_factory=set)
+    """Layers of whose weight or bias anything at all, be it the dtype, is read outside of their calls."""
+    unbatched: set[nn.Module] = field(default_factory=set)
+    """Layers with an output that has no axis for the batch: what they run on are parameters, not images."""
 
-    def before(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        for output, layer in reversed(made):
-            if output is layer_input(args, kwargs):
-                norms[layer] = module
+    def problem_of(self, layer: nn.Module) -> str | None:
+        """Why the layer's weights cannot be judged by what it makes of images, or None."""
+        times = self.calls.get(layer, 0)
+        if times == 0:
+            return "it is not called"
+        if layer in self.shared:
+            return f"its {self.shared[layer]} is used more than once"
+        if times > 1:
+            return "its weight is used more than once"
+        return "its output has no batch axis" if layer in self.unbatched else None
+
+
+def watch_layers(model: nn.Module, args: tuple[Any, ...]) -> Seen:
+    """Runs `model` once on `args`. The user's hooks on a layer count as outside of its call."""
+    seen, watch = Seen(), _TensorWatch(model)
+    made: list[tuple[Tensor, int, nn.Module]] = []
+
+    def begin(layer: nn.Module, args: Any) -> None:
+        watch.running = layer
+
+    def end(layer: nn.Module, args: Any, output: Tensor) -> None:
+        watch.running = None
+        seen.calls[layer] = seen.calls.get(layer, 0) + 1
+        if output.dim() < watch.axes_of[layer]:
+            seen.unbatched.add(layer)
+        elif output.dim() == 2 or not isinstance(layer, nn.Linear):  # channels on axis 1, as norms have them
+            made.append((output, _version(output), layer))
+
+    def before(norm: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> None:
+        seen.calls[norm] = seen.calls.get(norm, 0) + 1
+        input = layer_input(args, kwargs)
+        for output, version, layer in reversed(made):
+            if output is input:
+                if _version(input) == version and _has_a_mean_for(norm, output.shape[1]):
+                    seen.norms[layer] = norm
                 return
 
     handles = []
     for module in model.modules():
-        if reader(module) is not None:
-            handles.append(module.register_forward_hook(after))
-        elif isinstance(getattr(module, "running_mean", None), Tensor):
+        if module in watch.axes_of:  # next to the call: after the user's hooks that may change what goes in,
+            handles.append(module.register_forward_pre_hook(begin))
+            handles.append(module.register_forward_hook(end, prepend=True))  # before those that change the output
+        elif isinstance(module, _BATCH_NORMS):
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     try:
-        model(*args)
+        with _EveryLook(watch.look), _EveryUse(watch.use):
+            model(*args)
     finally:
         for handle in handles:
             handle.remove()
-    return calls, {layer: norm for layer, norm in norms.items() if calls[norm] == 1}
+    seen.norms = {layer: norm for layer, norm in seen.norms.items() if seen.calls[norm] == 1}
+    seen.shared, seen.looked_at = watch.shared, watch.looked_at
+    return seen
+
+
+class _TensorWatch:
+    """Which weights and biases of layers are met outside of the calls of their layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.running: nn.Module | None = None
+        self.shared: dict[nn.Module, str] = {}
+        self.looked_at: set[nn.Module] = set()
+        self.axes_of: dict[nn.Module, int] = {}
+        """Every layer -> axes of an output with a batch axis."""
+        self._home: dict[int, tuple[nn.Module, str]] = {}
+        users: dict[int, int] = {}
+        for module in model.modules():
+            layer = reader(module)
+            for name in ("weight", "bias"):
+                tensor = getattr(module, name, None)
+                if isinstance(tensor, Tensor):
+                    users[id(tensor)] = users.get(id(tensor), 0) + 1
+                    if layer is not None:
+                        self._home.setdefault(id(tensor), (layer, name))
+            if layer is not None:
+                self.axes_of[layer] = layer.weight.dim()  # as many: one of outputs, one for each of positions
+        for module in self.axes_of:
+            for name in ("bias", "weight"):
+                if users.get(id(getattr(module, name)), 0) > 1:
+                    self._share(module, name)
+
+    def use(self, values: Iterable[Any]) -> None:
+        """An operator computes with `values`."""
+        for layer, name in self._met(values):
+            self._share(layer, name)
+
+    def look(self, values: Iterable[Any]) -> None:
+        """Code computes with `values`, or asks for their shape, dtype, device."""
+        self.looked_at.update(layer for layer, _ in self._met(values))
+
+    def _share(self, layer: nn.Module, name: str) -> None:
+        self.looked_at.add(layer)
+        if self.shared.get(layer) != "weight":
+            self.shared[layer] = name
+
+    def _met(self, values: Iterable[Any]) -> Iterable[tuple[nn.Module, str]]:
+        for value in values:
+            if isinstance(value, Tensor):
+                home = self._home.get(id(value))
+                if home is not None and home[0] is not self.running:
+                    yield home
+            elif isinstance(value, list | tuple):
+                yield from self._met(value)
+
+
+class _EveryUse(TorchDispatchMode):
+    """While active, `note` is told the arguments of every operator, those within scripted code, too."""
+
+    def __init__(self, note: Callable[[Iterable[Any]], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._note([*args, *kwargs.values()])
+        return func(*args, **kwargs)
+
+
+class _EveryLook(TorchFunctionMode):
+    """While active, `note` is told the arguments of every function of torch, of reads of attributes, too."""
+
+    def __init__(self, note: Callable[[Iterable[Any]], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._note([*args, *kwargs.values()])
+        return func(*args, **kwargs)
+
+
+def _version(tensor: Tensor) -> int:
+    """Grows with every change in place; in inference mode that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _has_a_mean_for(norm: nn.Module, channels: int) -> bool:
+    mean = norm.running_mean
+    return isinstance(mean, Tensor) and mean.shape == (channels,)
 
 
 def _odds(

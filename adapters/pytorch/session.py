@@ -18,6 +18,7 @@ from prunus.adapters.pytorch.artifact import PLAN_FILE, assemble, load, read_pla
 from prunus.adapters.pytorch.augmentation import Augmentation
 from prunus.adapters.pytorch.batches import DataBundle
 from prunus.adapters.pytorch.catalog import BuiltModel, build, construct
+from prunus.adapters.pytorch.copies import in_eval
 from prunus.adapters.pytorch.datasets import DataSource, LoadOptions, load_data, open_data
 from prunus.adapters.pytorch.defaults import filled
 from prunus.adapters.pytorch.distributed import LeadingAdapter, follow
@@ -33,7 +34,7 @@ from prunus.adapters.pytorch.schedule import Schedule
 from prunus.adapters.pytorch.shrinking_model import Origin
 from prunus.adapters.pytorch.trackers import open_trackers
 from prunus.adapters.pytorch.user_data import GIVEN
-from prunus.adapters.pytorch.weights import weights_digest
+from prunus.adapters.pytorch.weights import refuse_sparse, weights_digest
 from prunus.core.adapter import Description
 from prunus.core.cost import CostTerm
 from prunus.core.digest import digest
@@ -66,6 +67,7 @@ class PyTorchSession:
         self.settings, self._processes = settings, processes
         self._device = processes.device if isinstance(processes, SeveralProcesses) else _device(settings.device)
         self._built, self._bundle, self._construct = built, bundle, construct_original
+        refuse_sparse(built.module)
         origin = Origin(built.source, built.input, construct_original, _provenance(settings))
         if isinstance(processes, SeveralProcesses) and processes.place.first:
             self.adapter: PyTorchAdapter = LeadingAdapter(
@@ -92,6 +94,7 @@ class PyTorchSession:
         mixing = Mixing(settings.mixup, settings.cutmix, settings.smoothing, self._built.classes or 0)
         if self._bundle is not None:
             mixing.check(settings.batch_size or 1, self._processes.place.count)
+            _refuse_mixing(settings, self._built)
         training = TrainingSettings(
             lr=settings.lr,
             optimizer=settings.opt,
@@ -154,7 +157,7 @@ class PyTorchSession:
                 f"teacher {name!r} answers with {classes} classes, the data has {self._bundle.classes}"
             )
         plan = PruningPlan(model=source)
-        self.adapter.snapshots[label] = Remembered(model.to(self._device).eval(), plan, macs, foreign=True)
+        self.adapter.snapshots[label] = Remembered(in_eval(model.to(self._device)), plan, macs, foreign=True)
         return label
 
     @property
@@ -333,6 +336,22 @@ def _refuse_training_without_labels(settings: RunSettings, found: DataSource | N
         )
 
 
+def _refuse_mixing(settings: RunSettings, built: BuiltModel) -> None:
+    """Raises ConfigError where training batches cannot be mixed as they are asked to be."""
+    images = next((x for x in built.input.example(2) if isinstance(x, torch.Tensor)), None)
+    if images is None:
+        return
+    shape = tuple(images.shape)
+    if settings.cutmix and images.dim() != 4:
+        raise ConfigError(
+            f"--cutmix cuts rectangles out of images (batch, channels, height, width), the inputs are {shape}; "
+            "take --mixup",
+            key="cutmix",
+        )
+    if settings.mixup and not images.is_floating_point():
+        raise ConfigError(f"--mixup blends images, the inputs are {images.dtype} {shape}", key="mixup")
+
+
 def _bundle(settings: RunSettings, found: DataSource | None, built: BuiltModel) -> DataBundle | None:
     if found is None:
         return None
@@ -362,14 +381,14 @@ def _forward_macs(model: nn.Module, example: tuple[Any, ...]) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(*example)
+        in_eval(model)(*example)
     return counter.get_total_flops() / 2
 
 
 def output_classes(model: nn.Module, example: tuple[Any, ...]) -> int | None:
     """The length of the output for each sample; None where it is no (batch, classes)."""
     with torch.no_grad():
-        output = model.eval()(*example)
+        output = in_eval(model)(*example)
     return int(output.shape[1]) if isinstance(output, torch.Tensor) and output.ndim == 2 else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +24,11 @@ from prunus.adapters.pytorch.branching import (
     verify_merge,
     with_branches,
 )
+from prunus.adapters.pytorch.copies import copied
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.kernels import close_taps, find_kernels
 from prunus.adapters.pytorch.lineage import kept_of, kept_places, kept_since, scattered, shapes_of
-from prunus.adapters.pytorch.optimizer_state import adopt, carry_state, drop_state
+from prunus.adapters.pytorch.optimizer_state import adopt, carry_state, check_state, drop_state
 from prunus.adapters.pytorch.structural_copy import structural_copy
 from prunus.adapters.pytorch.tracing import Trace
 from prunus.adapters.pytorch.verification import prepare, verify
@@ -122,7 +122,7 @@ class ShrinkingModel:
         self, keep: Keep, blocks: Collection[str] = (), kernels: Collection[str] = ()
     ) -> tuple[nn.Module, ChannelGraph]:
         """A copy that keeps `keep` alone, without `blocks` and taps of `kernels`, and its graph as it runs."""
-        small = copy.deepcopy(self.module)
+        small = copied(self.module)
         self.cut(small, keep, kernels)
         remove_blocks(small, blocks)
         return small, self.wiring.restrict(keep).without_kernels(kernels).without_blocks(blocks)
@@ -146,7 +146,8 @@ class ShrinkingModel:
 
         Of `kernels` one tap stays. Optimizer and averages follow.
 
-        Raises VerificationError if the result is not the masked model (law 1).
+        Raises VerificationError if the result is not the masked model (law 1), ConfigError, before anything is
+        cut, if the optimizer cannot follow.
         """
         branches = [name for name in blocks if self.graph.block(name).of is not None]
         if branches:
@@ -154,6 +155,8 @@ class ShrinkingModel:
             blocks = [name for name in blocks if name not in branches]
         reference = self._reference(kernels) if verified else None
         narrow = self._narrow()
+        cuts = {**self.wiring.kept_indices(keep), **self.wiring.kernel_indices(kernels)}
+        self._check_optimizer(tensor for tensor, _ in cuts)
         edits, changes = self.cut(self.module, keep, kernels)
         gone = remove_blocks(self.module, blocks)
         for companion in self.companions:
@@ -172,6 +175,12 @@ class ShrinkingModel:
         return verify(
             self.merged()[0], self._prepared, reference, kept_of(self.plan), self._inputs(seed), without=without
         )
+
+    def _check_optimizer(self, changed: Iterable[str]) -> None:
+        """Raises ConfigError if what it keeps of the tensors `changed` cannot be re-indexed."""
+        if self.optimizer is not None:
+            tensors = dict(self.module.named_parameters(remove_duplicate=False))
+            check_state(self.optimizer, {name: tensors[name] for name in changed if name in tensors})
 
     def _reference(self, kernels: Sequence[str]) -> dict[str, Tensor]:
         """The merged state in the shapes of the base; of `kernels`, and those reduced before, one tap is not 0."""
@@ -208,7 +217,7 @@ class ShrinkingModel:
 
     def merge(self, seed: int, *, verified: bool) -> Verification:
         """Put one convolution in the place of all its branches. Raises VerificationError if they differ."""
-        before = copy.deepcopy(self.module) if verified else None
+        before = copied(self.module) if verified else None
         self._exchange(merge_branches)
         return UNVERIFIED if before is None else verify_merge(before, self.module, self._inputs(seed))
 
@@ -217,7 +226,7 @@ class ShrinkingModel:
             change(companion)
         gone, new = change(self.module)
         if self.optimizer is not None:
-            adopt(self.optimizer, new)
+            adopt(self.optimizer, new, {id(p): name for name, p in self.module.named_parameters()})
             drop_state(self.optimizer, gone)
         self._become(self._merged_graph)
 
@@ -234,7 +243,7 @@ class ShrinkingModel:
         """The model with its branches merged, itself or a copy; and those of `gates` that are not in it yet."""
         if not self.plan.branches:
             return self.module, gates
-        merged = copy.deepcopy(self.module)
+        merged = copied(self.module)
         branches = {name for name, block in self.graph.blocks.items() if block.of is not None}
         scale_branches(merged, {name: float(g[0]) for name, g in (gates or {}).items() if name in branches})
         merge_branches(merged)
@@ -253,6 +262,8 @@ class ShrinkingModel:
             return
         before, counts = self.graph, {**self.graph.units, **directive.widths}
         edits = self._prepared.bindings.edits(before.units, counts)
+        widened = [group for name, group in before.groups.items() if name in directive.widths]
+        self._check_optimizer(piece.tensor for group in widened for piece in group.slices)
         for model in (*self.companions, self.module):
             wider, growth, changes = surgery.grow(
                 model, before, directive.widths, seed=seed, noise=directive.noise, edits=edits

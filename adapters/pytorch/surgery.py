@@ -235,4 +235,9 @@ def _rebuilt(old: Tensor, per_axis: Mapping[int, IntArray]) -> Tensor:
         return new
     parameter = nn.Parameter(new, requires_grad=old.requires_grad)
     parameter.__dict__.update(old.__dict__)  # marks that training code leaves on parameters
+    if issubclass(type(old), nn.Parameter):
+        parameter.__class__ = type(old)
+    # the dictionaries themselves: the handles that the user holds go on to remove from them
+    parameter._backward_hooks = old._backward_hooks
+    parameter._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
     return parameter

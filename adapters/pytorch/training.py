@@ -169,7 +169,8 @@ class Trainer:
     def _on_device(self, batch: Batch) -> Batch:
         images, labels = batch
         device = self.settings.device
-        layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
+        wanted = self.settings.channels_last and images.dim() == 4
+        layout = torch.channels_last if wanted else torch.contiguous_format
         return images.to(device, memory_format=layout, non_blocking=True), labels.to(device, non_blocking=True)
 
 

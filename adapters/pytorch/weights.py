@@ -49,11 +49,23 @@ def untied_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def refuse_sparse(model: nn.Module) -> None:
+    """Raises LoadError for a tensor of the `state_dict` that safetensors cannot hold."""
+    for name, tensor in tensors_of(model).items():
+        if tensor.layout is not torch.strided:
+            raise LoadError(
+                f"{name} is a sparse tensor ({tensor.layout}), which cannot be saved; keep it dense or, if it can "
+                "be computed anew, register it as a buffer with persistent=False"
+            )
+
+
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of all parameters and buffers."""
     hasher = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        plain = tensor.detach().cpu().contiguous()
+        plain = (
+            (tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()).cpu().contiguous()
+        )
         hasher.update(f"{name} {plain.dtype} {tuple(plain.shape)};".encode())
         hasher.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

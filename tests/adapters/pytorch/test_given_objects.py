@@ -196,3 +196,52 @@ def test_objects_that_cannot_be_used_are_refused_by_name(model: Any, example: An
 def test_weights_that_are_not_there_are_asked_for() -> None:
     with pytest.raises(TraceError, match=r"0.weight is on the meta device; load the weights first"):
         prune(_module().to("meta"), IMAGES[:2], train_data=DATA)
+
+
+def _of_axes(axes: int) -> tuple[nn.Module, Tensor]:
+    kind = {1: nn.Conv1d, 3: nn.Conv3d}[axes]
+    torch.manual_seed(0)
+    pool = nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten()
+    return nn.Sequential(kind(3, 8, 3), nn.ReLU(), kind(8, 8, 3), *pool, nn.Linear(8, 2)), torch.randn(
+        40, 3, *(6,) * axes
+    )
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_inputs_with_other_axes_than_images_keep_their_layout_and_cannot_be_cut(axes: int, tmp_path: Path) -> None:
+    model, inputs = _of_axes(axes)
+    data = TensorDataset(inputs, torch.arange(40) % 2)
+    fields: dict[str, Any] = {"train_data": data, "plugin": "iterative", "config": {"rounds": 1}, "epochs": 1}
+    fields |= {"batch_size": 12, "lr": 0.01, "target": "macs=60%", "output": tmp_path / "run"}
+    pruned = prune(model, inputs[:2], channels_last=True, mixup=0.2, **fields)
+    assert pruned.report.target_met
+    with pytest.raises(ConfigError, match=r"--cutmix cuts rectangles .*, the inputs are \(2, 3, 6") as caught:
+        prune(model, inputs[:2], cutmix=1.0, overwrite=True, **fields)
+    assert caught.value.key == "cutmix"
+
+
+class Mapped(nn.Module):
+    """Multiplies by a sparse matrix that it holds."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.register_buffer("adjacency", torch.eye(4).to_sparse(), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.stack([torch.sparse.mm(self.adjacency, nodes) for nodes in x])
+        out: Tensor = self.two(self.one(mixed).relu())
+        return out
+
+
+def test_sparse_buffers_are_refused_where_they_must_be_saved(tmp_path: Path) -> None:
+    example = torch.randn(2, 4, 8)
+    ranked = {"plugin": "one-shot", "importance": "magnitude", "target": "macs=70%", "output": tmp_path / "run"}
+    with pytest.raises(
+        LoadError, match=r"^adjacency is a sparse tensor \(torch.sparse_coo\), which cannot be saved"
+    ):
+        prune(Mapped(True), example, **ranked)
+    pruned = prune(Mapped(False), example, **ranked)
+    again = load(tmp_path / "run", original=Mapped(False))
+    assert torch.equal(again(example), pruned.model(example))
