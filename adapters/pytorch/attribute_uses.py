@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from prunus.adapters.pytorch.size_algebra import OPERATORS, Attribute, Expression, Operation
-from prunus.adapters.pytorch.structural_copy import structural_copy
+from prunus.adapters.pytorch.structural_copy import separate_copy
 
 
 class _Tracked(int):
@@ -110,7 +110,8 @@ def record_uses(
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     if isinstance(mode, FakeTensorMode):
         args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, dict(kwargs)))
-    twin = structural_copy(model).eval()
+    twin = separate_copy(model, parameters=False)
+    twin.eval()  # alone: an overridden train() need not return the model
     recorder = _Recorder()
     with ExitStack() as hooks, torch.no_grad():
         for path, module in twin.named_modules():

@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.attributes import Bindings
-from prunus.adapters.pytorch.comparison import compare, follows_program, state_of
+from prunus.adapters.pytorch.comparison import SAME_OPERATORS, compare, distance, follows_program, state_of
 from prunus.adapters.pytorch.equal_counts import with_locks
-from prunus.adapters.pytorch.structural_copy import expressive_copy, structural_copy
+from prunus.adapters.pytorch.random_state import seeded
+from prunus.adapters.pytorch.structural_copy import expressive_copy, separate_copy, structural_copy
 from prunus.adapters.pytorch.surgery import remove
-from prunus.adapters.pytorch.tracing import Trace, trace_model
+from prunus.adapters.pytorch.tracing import Trace, trace_model, with_batch
+from prunus.adapters.pytorch.tracing.modes import asks_for_mode, same_values
 from prunus.core.errors import PrunusError, TraceError, VerificationError
 from prunus.core.graph import ChannelGraph, Keep
 
@@ -43,7 +46,8 @@ def certify(
     Every group is given its own random share of units; where that fails, groups are added back in
     halves until those at fault are found. `model` is not changed. What the code hard-codes about channels
     it does at every resolution, so large images are made smaller where the model takes that; and whatever
-    its weights are, so that zeros of a fresh model are filled.
+    its weights are, so that zeros of a fresh model are filled. Raises TraceError for a model that answers
+    differently each time, because it changes its buffers in eval mode.
     """
     if not trace.program.concrete:  # what was recorded on values may take another way on others
         model = expressive_copy(model)
@@ -129,15 +133,23 @@ class _Probe:
 
     def __init__(self, model: nn.Module, trace: Trace, args: tuple[Any, ...], bindings: Bindings) -> None:
         self._model, self._trace, self._args, self._bindings = model, trace, args, bindings
+        self._used = _used(model, args)
+        self._pair = with_batch(args, 2) if trace.program.batch == 1 else args
+        self._trains = asks_for_mode(model) and self._can_train()
+        """Whether its training is worth a look, and possible on these inputs alone."""
 
     def fault(self, graph: ChannelGraph, items: Sequence[tuple[str, ...]], seed: int) -> _Fault | None:
         """What goes wrong when the groups of `items` shrink at random, None if nothing does."""
         keep = random_keep(graph, seed, [name for item in items for name in item])
         counts = graph.units | {name: len(units) for name, units in keep.items()}
-        pruned = structural_copy(self._model)
+        pruned = structural_copy(self._used)
+        doing = "its forward fails"
         try:
             remove(pruned, graph, keep, self._bindings.edits(graph.units, counts))
             self._compare(pruned, keep)
+            if self._trains:
+                doing = "its forward fails in train mode"
+                _train(pruned, self._pair)
         except TraceError as error:
             return _Fault(str(error), error.locks)
         except PrunusError as error:
@@ -145,11 +157,19 @@ class _Probe:
         except Exception as error:  # the model's own code, with sizes it does not expect
             said = str(error).strip().splitlines()
             message = said[0][:200] if said else _line_of(error)
-            return _Fault(f"its forward fails: {type(error).__name__}: {message}")
+            return _Fault(f"{doing}: {type(error).__name__}: {message}")
         finally:
             del pruned
             gc.collect(0)
         return None
+
+    def _can_train(self) -> bool:
+        """Not where training needs targets, or norms more than one value per channel."""
+        try:
+            _train(self._model, self._pair)
+        except Exception:  # the model's own code
+            return False
+        return True
 
     def _compare(self, pruned: nn.Module, keep: Keep) -> None:
         """Raises where `pruned` is wrong.
@@ -193,6 +213,35 @@ class _Probe:
 
         search(items, fault)
         return found
+
+
+def _used(model: nn.Module, args: tuple[Any, ...]) -> nn.Module:
+    """A copy of `model` that has run once: what a pass makes and keeps (masks, position codes), a run has too."""
+    used = separate_copy(model, parameters=False)
+    used.eval()
+    before = dict(model.named_buffers())
+    try:
+        with torch.no_grad():
+            first = used(*args)
+            moved = [n for n, b in used.named_buffers() if n in before and not same_values(b, before[n])]
+            error, scale = distance(used(*args), first) if moved else (0.0, 0.0)
+        structural_copy(used)
+    except Exception:  # the model's own code: what fails here fails when it is compared, or cannot be copied
+        return separate_copy(model, parameters=False)
+    if error > SAME_OPERATORS * scale:
+        raise TraceError(
+            f"{', '.join(moved[:3])}: buffers change at every pass in eval mode, and the output with them: no "
+            "removal can be compared with the model before. Let them change in training alone (if self.training)"
+        )
+    return used
+
+
+def _train(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """One pass of a copy in train mode; what it computes is of no interest, but not that it fails."""
+    twin = separate_copy(model)
+    twin.train()
+    with torch.no_grad(), seeded(0):
+        twin(*args)
 
 
 def _line_of(error: Exception) -> str:

@@ -16,6 +16,14 @@ from prunus.adapters.pytorch.decisions import Decision, decision, following, gro
 from prunus.adapters.pytorch.double_precision import DoublePrecision
 from prunus.adapters.pytorch.structural_copy import with_tensors
 from prunus.adapters.pytorch.tracing import Trace, masked_call
+from prunus.adapters.pytorch.tracing.capture import forget_derived
+from prunus.adapters.pytorch.tracing.modes import (
+    learning_kept,
+    named_tensors,
+    overrides_modes,
+    same_values,
+    set_mode,
+)
 from prunus.adapters.pytorch.tracing.program import Step
 from prunus.core.directives import Verification
 from prunus.core.errors import TraceError, VerificationError
@@ -83,13 +91,13 @@ def follows_program(
     The same operators on the same shapes: rounding plays no part, so that float32 decides.
     """
     whole: dict[str, Any] = {group: keep.get(group, range(units)) for group, units in trace.graph.units.items()}
-    with torch.no_grad(), evaluating(pruned):
+    with torch.no_grad(), _kept(pruned), evaluating(pruned):
         return _relative(distance(pruned(*args), trace.pruned_output(tensors, whole, args))) <= SAME_OPERATORS
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by each of its names, as `verify` needs it; not copied."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return named_tensors(model)
 
 
 def copied_state(model: nn.Module) -> dict[str, Tensor]:
@@ -136,8 +144,25 @@ class _Reference:
 
 
 def _measured(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst:
-    with torch.no_grad(), evaluating(pruned):
+    forget_derived(pruned)  # of tensors that have lost units since
+    with torch.no_grad(), _kept(pruned), evaluating(pruned):
         return distance(*reference.outputs(pruned, args))
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """A model may count its calls, or freeze layers on a switch of modes; a look at it is neither."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    held = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    try:
+        with learning_kept(model):
+            yield
+    finally:
+        for buffers, found in held:
+            buffers.update(found)
+        for buffer, before in values:
+            if not same_values(buffer, before):
+                buffer.copy_(before)
 
 
 def _in_one_batch(pruned: nn.Module, reference: _Reference, args: tuple[Any, ...]) -> Worst | None:
@@ -205,12 +230,18 @@ def _rank(worst: Worst) -> Worst:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; afterwards every submodule is in the mode it was in."""
+    """Eval mode for the block; afterwards every submodule is in the mode it was in.
+
+    Code of the model's own that runs on the way in runs on the way out as well, as if the user had switched.
+    """
     modes = [(m, m.training) for module in modules for m in module.modules()]
     for module in modules:
         module.eval()
     try:
         yield
     finally:
+        for submodule, mode in modes:
+            if submodule.training != mode and overrides_modes(submodule):
+                set_mode(submodule, mode)
         for submodule, mode in modes:
             submodule.training = mode

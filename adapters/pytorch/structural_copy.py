@@ -19,6 +19,19 @@ def structural_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
+def separate_copy(model: nn.Module, *, parameters: bool = True) -> nn.Module:
+    """A copy that may write into buffers: they are its own, with `parameters` so is every other tensor."""
+    own: dict[int, Any] = {id(b): b.detach().clone() for b in model.buffers()}
+    for parameter in model.parameters():
+        value = nn.Parameter(parameter.detach().clone(), parameter.requires_grad) if parameters else parameter
+        own[id(parameter)] = value
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and id(value) not in own:
+                own[id(value)] = value.detach().clone() if parameters else value
+    return copy.deepcopy(model, own)
+
+
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy whose parameters have shapes but no memory; `with_tensors` gives it weights."""
     bare = structural_copy(model)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.ao.nn.quantized import FloatFunctional, FXFloatFunctional
 from torch.nn.parallel import DistributedDataParallel
 
 from prunus.adapters.pytorch.attributes import Bindings, bind_attributes
@@ -19,9 +20,13 @@ from prunus.adapters.pytorch.handlers import handled_name, install_handlers, nee
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.structural_copy import skeleton
 from prunus.adapters.pytorch.tracing import Trace, trace_model
+from prunus.adapters.pytorch.tracing.modes import learning_kept, moved_by_modes
 from prunus.core.directives import Verification
 from prunus.core.errors import TraceError
 from prunus.core.graph import ChannelGraph, Keep
+
+FLOATING = (FloatFunctional, FXFloatFunctional)
+"""Modules that PyTorch counts among the quantized ones, though they only add: the model can be quantized later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +58,21 @@ def prepare(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, certi
     refuse_opaque(model)
     install_handlers(model, needed(model))
     handlers = {path: name for path, module in model.named_modules() if (name := handled_name(module))}
-    trace = trace_model(model, args)
-    one = tuple(x[:1] if isinstance(x, Tensor) else x for x in args)
-    bindings = bind_attributes(model, trace, one)
-    trace.graph = reconcile(trace.graph, bindings.conflicts)
-    if certified:
-        trace.graph = with_sound_blocks(model, trace, certify(model, trace, bindings, one), one)
+    with learning_kept(model):
+        trace = trace_model(model, args)
+        sample = trace.sample
+        bindings = bind_attributes(model, trace, sample)
+        trace.graph = reconcile(trace.graph, bindings.conflicts)
+        if certified:
+            trace.graph = with_sound_blocks(model, trace, certify(model, trace, bindings, sample), sample)
     return Prepared(trace, bindings, handlers, skeleton(model))
 
 
 def refuse_opaque(model: nn.Module) -> None:
-    """Raises TraceError for modules whose code or weights cannot be reached from Python, and for wrappers."""
+    """Raises TraceError for modules whose code or weights cannot be reached from Python, and for wrappers.
+
+    The same for weights that are others in training than in evaluation. The model stays as it is.
+    """
     empty = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
     if empty is not None:
         raise TraceError(f"{empty} is on the meta device; load the weights first")
@@ -73,7 +82,8 @@ def refuse_opaque(model: nn.Module) -> None:
             raise TraceError(
                 f"{where} is compiled by torch.jit; prune the model that it was made from, then compile"
             )
-        if ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch."):
+        kind = type(module)
+        if ".quantized" in kind.__module__ and kind.__module__.startswith("torch.") and kind not in FLOATING:
             raise TraceError(f"{where} is quantized; prune the model that it was made from, then quantize")
         if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
             raise TraceError(
@@ -81,6 +91,14 @@ def refuse_opaque(model: nn.Module) -> None:
             )
         if isinstance(module, nn.DataParallel | DistributedDataParallel):
             raise TraceError(f"{where} is a wrapper; prune the model that it was made from, then wrap")
+    moved = moved_by_modes(model)
+    if moved is not None:
+        path, name = moved
+        raise TraceError(
+            f"{path or 'the model'} ({type(model.get_submodule(path)).__name__}) changes {name} in train() and "
+            "eval(), so that training and evaluation know different weights; merge or freeze them for good before "
+            "pruning, so that both modes leave them alone"
+        )
 
 
 def verify(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from prunus.adapters.pytorch.tracing.modes import Snapshot, overrides_modes, set_mode
 from prunus.adapters.pytorch.tracing.program import Program
 from prunus.adapters.pytorch.tracing.recorder import Recorder
 from prunus.core.errors import TraceError
@@ -71,38 +72,40 @@ def as_found(model: nn.Module, training: bool) -> Iterator[None]:
     """Sets the mode and empties caches of derived tensors; afterwards everything is as before.
 
     A forward pass may store what it computed (attention biases, masks): stored fake tensors would poison
-    the model, and a stored bias would hide the parameter that it comes from.
+    the model, and a stored bias would hide the parameter that it comes from. Parameters are put back as well
+    where a pass or a switch may write into them: in training (moving averages), or by the model's own `train`.
     """
-    attributes = {module: dict(vars(module)) for module in model.modules()}
-    contents = {
-        (module, name): dict(value)
-        for module, found in attributes.items()
-        for name, value in found.items()
-        if isinstance(value, dict)
-    }
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if training else []
+    written = training or any(overrides_modes(module) for module in model.modules())
+    found = Snapshot(model, [*model.buffers(), *(model.parameters() if written else ())])
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    _forget(model)
-    model.train(training)
     try:
+        _forget(model)
+        _enter(model, training)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, found in attributes.items():
-            vars(module).clear()
-            vars(module).update(found)
-        for (module, name), content in contents.items():
-            value = vars(module)[name]
-            value.clear()
-            value.update(content)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        found.restore()
+
+
+def _enter(model: nn.Module, training: bool) -> None:
+    try:
+        set_mode(model, training)
+    except Exception as error:  # the model's own code
+        mode, said = "train" if training else "eval", str(error) or type(error).__name__
+        raise TraceError(f"{type(model).__name__} cannot be put into {mode} mode: {said}") from error
 
 
 def _forget(model: nn.Module) -> None:
     for module in model.modules():
         for name, value in vars(module).items():
             if "cache" in name and isinstance(value, dict):
+                value.clear()
+
+
+def forget_derived(model: nn.Module) -> None:
+    """Empties for good the caches of derived tensors: those of `as_found` which hold tensors and nothing else."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "cache" in name and isinstance(value, dict) and all(isinstance(x, Tensor) for x in value.values()):
                 value.clear()

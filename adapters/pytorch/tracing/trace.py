@@ -27,6 +27,9 @@ from prunus.core.cost import CostTerm, Extent, IntArray
 from prunus.core.errors import TraceError
 from prunus.core.graph import ChannelGraph
 
+NAMED = 10
+"""Modules that a notice names before it counts the rest."""
+
 RULE_MODULES = (rules_contractions, rules_indexing, rules_layers, rules_pointwise, rules_shapes)
 
 
@@ -64,6 +67,8 @@ class Trace:
     """Operators that no rule knows -> the module that ran them; what they touch is locked."""
     residuals: Mapping[str, Residual]
     """Of every block of the graph (and of those that certification turned down), where its branches join."""
+    sample: tuple[Any, ...]
+    """The arguments that were traced: one sample, or the batch as given where the model takes no smaller one."""
     notices: tuple[str, ...] = ()
     """What could not be looked at, in words for the user."""
 
@@ -103,12 +108,13 @@ def trace_model(
 ) -> Trace:
     """Trace `model` as it runs in eval mode on one sample of `example_inputs`.
 
-    Parameters that only training uses (auxiliary heads) are traced in train mode as well. The model is left
-    as it was. Raises TraceError if it cannot be captured.
+    On all of them where one sample does not run: frames of a clip may be folded into the batch. Parameters that
+    only training uses (auxiliary heads) are traced in train mode as well. The model is left as it was. Raises
+    TraceError if it cannot be captured.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    program = capture(model, _batch(args, 1), kwargs)
+    program, sample, whole = _captured(model, args, kwargs)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     floating = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
     unused = {name for name, _ in model.named_parameters()} - {step.name for step in program.steps}
@@ -116,9 +122,13 @@ def trace_model(
     labels = labelling.run(program, floating.__contains__)
     literals, multiplications = list(labelling.literals), list(labelling.multiplications)
     contractions, statistics = list(labelling.contractions), frozenset(labelling.statistics)
-    notices: tuple[str, ...] = ()
+    notices: list[str] = []
+    if whole:
+        size = _batch_of(args)
+        notices.append(f"one sample alone does not run: MACs are those of the whole batch of {size} given")
     if unused:
-        notices = _label_training(labelling, model, args, kwargs, floating, unused)
+        pair = args if whole else with_batch(args, 2)
+        notices += _label_training(labelling, model, pair, kwargs, floating, unused)
         labelling.literals, labelling.multiplications = literals, multiplications
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     grouping = Grouping(labelling)
@@ -154,8 +164,22 @@ def trace_model(
         statistics,
         labelling.unknown,
         residuals,
-        notices,
+        sample,
+        tuple(notices),
     )
+
+
+def _captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Program, tuple[Any, ...], bool]:
+    """The program, what it was captured on, and whether that is all of `args`: where no single sample runs."""
+    one = with_batch(args, 1)
+    try:
+        return capture(model, one, kwargs), one, False
+    except TraceError:
+        if one is args or _batch_of(args) == 1:
+            raise
+    return capture(model, args, kwargs), args, True
 
 
 def _label_training(
@@ -169,28 +193,57 @@ def _label_training(
     """Auxiliary heads run in train mode only, and must follow what they read.
 
     A train-mode forward that needs more than the example inputs (targets, larger images) cannot be captured:
-    then the `unused` parameters keep their sizes, which the notices say.
+    then the `unused` parameters keep their sizes, which the notices say. So do those that no mode uses, because
+    another argument or another image size would.
     """
+    fate = "These layers keep their sizes"
     try:
-        program = capture(model, _batch(args, 2), kwargs, training=True)
+        program = capture(model, args, kwargs, training=True)
     except TraceError as error:
-        owners = sorted({name.split(".")[0] for name in unused})
         return (
-            f"{', '.join(owners)}: not used in eval mode, and train mode could not be looked at ({error}). These "
-            "layers keep their sizes: training through them fails once what they read is pruned. Use inputs on "
-            "which train mode runs, or a model without them",
+            f"{_owners(model, unused)}: not used in eval mode, and train mode could not be looked at ({error}). "
+            f"{fate}: training through them fails once what they read is pruned. Use inputs on which train mode "
+            "runs, or a model without them",
         )
     labelling.run(program, floating.__contains__)
-    return ()
+    unused = unused - {step.name for step in program.steps}
+    sizes = dict(model.named_parameters())
+    unused = {name for name in unused if sizes[name].numel() > 1}  # a number follows nothing
+    if not unused:
+        return ()
+    return (
+        f"{_owners(model, unused)}: not used on the example inputs, in eval mode or in train mode. {fate}: what "
+        "runs them fails once what they read is pruned. Use inputs on which they run, or a model without them",
+    )
 
 
-def _batch(args: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+def _owners(model: nn.Module, unused: Collection[str]) -> str:
+    """The largest modules of which nothing is used, and parameters of others, in words."""
+    used = {name for name, _ in model.named_parameters()} - set(unused)
+    partly = {name[:i] for name in used for i, letter in enumerate(name) if letter == "."}
+    found = []
+    for name in unused:
+        parts = name.split(".")
+        paths = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        found.append(next((path for path in paths if path not in partly), name))
+    owners = sorted(set(found))
+    rest = f" and {len(owners) - NAMED} more" if len(owners) > NAMED else ""
+    return ", ".join(owners[:NAMED]) + rest
+
+
+def with_batch(args: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """The arguments with a batch of `size`, if all tensors agree on what the batch is."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     if not tensors or any(x.dim() < 2 for x in tensors) or len({x.shape[0] for x in tensors}) != 1:
         return args
     index = np.resize(np.arange(tensors[0].shape[0]), size)
     return tuple(x[index] if isinstance(x, Tensor) else copy.copy(x) for x in args)
+
+
+def _batch_of(args: tuple[Any, ...]) -> int:
+    """The batch size that all tensors agree on; 1 where they do not."""
+    sizes = {x.shape[0] if x.dim() else 1 for x in args if isinstance(x, Tensor)}
+    return sizes.pop() if len(sizes) == 1 else 1
 
 
 def _macs_terms(grouping: Grouping, multiplications: Sequence[Multiplications]) -> list[CostTerm]:
