@@ -40,6 +40,7 @@ _BELONGS = "0" * 64
 
 
 NOT_THERE = 3
+CHILD = "PRUNUS_CONTRACT_CHILD"
 _CHILD = f"""
 import importlib, json, operator, sys
 sys.path[:], module, name, plugin = json.loads(sys.argv[1])
@@ -199,10 +200,14 @@ def deterministic(policy: type[PruningPolicy], name: str) -> None:
 
 def same_in_every_process(policy: type[PruningPolicy], name: str) -> None:
     """Two processes whose sets of strings have different orders. A class that they cannot import is passed."""
+    if CHILD in os.environ:  # the module that holds the policy runs the kit when it is imported
+        return
     said = json.dumps([sys.path, policy.__module__, policy.__qualname__, name])
     command = [sys.executable, "-c", _CHILD, said]
     children = [
-        subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env={**os.environ, "PYTHONHASHSEED": seed, CHILD: "1"}, stdout=subprocess.PIPE, text=True
+        )
         for seed in HASH_SEEDS
     ]
     first, second = (child.communicate()[0] for child in children)
