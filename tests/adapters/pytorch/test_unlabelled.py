@@ -48,7 +48,8 @@ def test_a_trained_model_is_pruned_by_images_alone(
     said = capfd.readouterr()
     facts = json.loads(said.out)
     assert facts["target_met"] and facts["pruned"]["accuracy"] is None and facts["dense"]["accuracy"] is None
-    assert "40 calibration" in said.err and "7.png" in said.err
+    shown = " ".join(said.err.replace("│", " ").split())  # lines break where the folder's name is long
+    assert "40 calibration" in shown and "7.png" in shown
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert "Remove" in {row["kind"] for row in rows}
     assert not {"Train", "Evaluate"} & {row["kind"] for row in rows}
