@@ -73,8 +73,13 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             f"checkpoint {path} holds more than plain weights and could run code when it is read; "
             "save its state_dict() alone, best as safetensors"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except OSError as error:
         raise LoadError(f"checkpoint {path} cannot be read: {_first_line(error)}") from None
+    except Exception as error:  # bytes of anything else, taken for instructions, fail in any way
+        raise LoadError(
+            f"checkpoint {path} cannot be read, it is damaged or no file of torch.save "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from None
     content = _unwrapped(content)
     if not isinstance(content, Mapping):
         raise LoadError(f"checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -42,10 +42,15 @@ def copied(module: Module) -> Module:
         ) from error
 
 
-def detached(module: nn.Module) -> dict[int, Any]:
-    """What `copy.deepcopy` of `module` needs as its memo: copies of the tensors that it would refuse."""
-    memo: dict[int, Any] = {}
+def detached(module: nn.Module, known: Mapping[int, Any] | None = None) -> dict[int, Any]:
+    """What `copy.deepcopy` of `module` needs as its memo: copies of the tensors that it would refuse.
+
+    `known`: a memo (id -> copy) that is kept as it is.
+    """
+    memo: dict[int, Any] = dict(known or {})
     for tensor in _computed(module):
+        if id(tensor) in memo:
+            continue
         base = tensor._base
         if isinstance(base, nn.Parameter):  # the memo, too, where the parameter's own turn comes
             other = copy.deepcopy(base, memo)

@@ -3,7 +3,7 @@
 The method runs once, in the first process. Every directive is sent to the others and carried out by all,
 each on its share of the images; before that, all compare the hashes of their plans. Only the first process
 writes. What a resumed run reads, it sends on, so that the others need not see the run's folder, and the
-number of processes may be another than before.
+number of processes may be another than before. Only then the plans are not compared: they become the same.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class LeadingAdapter(PyTorchAdapter):
         return super().test()
 
     def restore(self, folder: Path) -> None:
-        super().restore(folder)
+        super().restore(folder)  # first: where this refuses, the others are asked for another checkpoint alone
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        self._order("restore", names)
+        self._others.tell(("restore", names))  # until all have it, plans differ; the next directive compares them
         for name in names:
             self._others.tell((folder / name).read_bytes())
 
@@ -110,6 +110,9 @@ def follow(adapter: PyTorchAdapter, processes: SeveralProcesses) -> None:
     reader: MeasuredSignals | None = None
     while True:
         task, argument = processes.tell(None)
+        if task == "restore":
+            _restore(adapter, argument, processes)
+            continue
         processes.check_same("plan", plan_digest(adapter))
         if task == "leave":
             processes.leave()
@@ -119,8 +122,6 @@ def follow(adapter: PyTorchAdapter, processes: SeveralProcesses) -> None:
         elif task == "collect":
             assert reader is not None
             reader.collect(argument)
-        elif task == "restore":
-            _restore(adapter, argument, processes)
         elif task == "test":
             adapter.test()
         else:

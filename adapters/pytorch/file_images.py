@@ -74,14 +74,24 @@ class FileImages(Dataset[Sample]):
         reader = getattr(self._images, "reader", None)
         if reader is None:
             image, label = self._images[position]
-            return image.convert(self._mode), int(label)
+            return _in_eight_bits(image).convert(self._mode), int(label)
         content, label = reader[position]  # the data set around it would pass over broken files by itself
         with Image.open(content) as image:
-            return image.convert(self._mode), int(label)
+            return _in_eight_bits(image).convert(self._mode), int(label)
 
     def _name(self, index: int) -> str:
         samples = getattr(getattr(self._images, "reader", None), "samples", None)
         return str(samples[index][0]) if samples else f"number {index}"
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits scaled to 8, which Pillow would cut off at 255 instead; any other as it is."""
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    levels = np.asarray(image)
+    if image.mode != "I" or levels.max(initial=0) > 255:
+        levels = np.rint(levels / 257)
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
 def _without_object(reason: str) -> str:

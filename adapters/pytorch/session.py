@@ -94,6 +94,7 @@ class PyTorchSession:
         mixing = Mixing(settings.mixup, settings.cutmix, settings.smoothing, self._built.classes or 0)
         if self._bundle is not None:
             mixing.check(settings.batch_size or 1, self._processes.place.count)
+            _refuse_empty_parts(settings, self._processes.place.count)
             _refuse_mixing(settings, self._built)
         training = TrainingSettings(
             lr=settings.lr,
@@ -241,6 +242,12 @@ class PyTorchSession:
         self, folder: Path, path: Path, form: ExportFormat, input_size: tuple[int, int, int]
     ) -> ExportReport:
         real = None if self._bundle is None else next(iter(self._bundle.test))[0][:8]
+        if isinstance(real, torch.Tensor) and real.dim() == 4 and real.shape[1] != input_size[0]:
+            raise ConfigError(
+                f"{self.settings.data} has images of {real.shape[1]} channels, "
+                f"the run's model takes {input_size[0]}",
+                key="data",
+            )
         spec, trust = replace(self._built.input, size=input_size), self.settings.trust
         if form == "hub":
             return write_folder(folder, path, spec, real=real, trust=trust)
@@ -287,6 +294,7 @@ class PyTorchSession:
 
 def open_session(settings: RunSettings) -> PyTorchSession:
     """Build the model, find the data, trace. Raises ConfigError, LoadError or TraceError."""
+    untrained = settings.dense_epochs == 0
     settings = filled(settings)
     processes = join(_device(settings.device))
     if isinstance(processes, SeveralProcesses):
@@ -294,15 +302,27 @@ def open_session(settings: RunSettings) -> PyTorchSession:
         processes.check_same("command", digest(told))
     found = open_data(settings.data, settings.num_classes)
     built = _build(settings, found)
-    _refuse_training_without_labels(settings, found, built)
+    _refuse_training_without_labels(settings, found, built, untrained)
 
     def original(source: ModelSource) -> nn.Module:
         # the user named this model, so its `python:` factory may run; a file may not name another
         if source != built.source:
-            raise LoadError(f"the plan is of the model {source.name!r}, not of {built.source.name!r}")
+            raise LoadError(f"the plan is of the model {_apart(source, built.source)}")
         return construct(source, allow_python=True)
 
     return PyTorchSession(settings, built, _bundle(settings, found, built), original, processes)
+
+
+def _apart(found: ModelSource, wanted: ModelSource) -> str:
+    """What tells two sources apart: their names, or the arguments of one name."""
+    if found.name != wanted.name:
+        return f"{found.name!r}, not of {wanted.name!r}"
+    one, other = found.kwargs, wanted.kwargs
+    names = [key for key in {**one, **other} if key not in one or key not in other or one[key] != other[key]]
+    shown = [
+        ", ".join(f"{key}={given[key]!r}" for key in names if key in given) or "none" for given in (one, other)
+    ]
+    return f"{found.name!r} with other arguments: {shown[0]}, not {shown[1]}"
 
 
 def _build(settings: RunSettings, found: DataSource | None) -> BuiltModel:
@@ -319,7 +339,10 @@ def _build(settings: RunSettings, found: DataSource | None) -> BuiltModel:
     )
 
 
-def _refuse_training_without_labels(settings: RunSettings, found: DataSource | None, built: BuiltModel) -> None:
+def _refuse_training_without_labels(
+    settings: RunSettings, found: DataSource | None, built: BuiltModel, untrained: bool
+) -> None:
+    """Raises ConfigError; random weights are taken where the user said so, `untrained`."""
     if found is None or found.classes:
         return
     if settings.epochs:
@@ -328,11 +351,21 @@ def _refuse_training_without_labels(settings: RunSettings, found: DataSource | N
             "give --epochs 0",
             key="epochs",
         )
-    if not built.has_weights:
+    if not built.has_weights and not untrained:
         raise ConfigError(
             f"{found.name} has no labels to train by, so the model needs weights: give --pretrained or "
             "--checkpoint",
             key="data",
+        )
+
+
+def _refuse_empty_parts(settings: RunSettings, processes: int) -> None:
+    share = (settings.batch_size or 1) // processes
+    if settings.accumulate > max(share, 1):
+        of = f"a batch of {settings.batch_size}" + (f" shared by {processes} processes" if processes > 1 else "")
+        raise ConfigError(
+            f"{of} cannot be computed in {settings.accumulate} parts; --accumulate can be at most {max(share, 1)}",
+            key="accumulate",
         )
 
 

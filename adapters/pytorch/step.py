@@ -22,7 +22,7 @@ from prunus.adapters.pytorch.distillation import (
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.adapters.pytorch.processes import Processes
 from prunus.core.directives import Distillation
-from prunus.core.errors import TrainingError
+from prunus.core.errors import ConfigError, TrainingError
 
 SMALLEST_SCALE = 1e-4
 """Gradients that overflow at this loss scale are not the number format's fault."""
@@ -145,7 +145,11 @@ def _foremost(labels: Tensor) -> Tensor:
 def _answer(network: Any, images: Tensor) -> Any:
     try:
         return network(images)
-    except RuntimeError as error:  # auxiliary classifiers may need larger images than the rest, memory may end
+    except (RuntimeError, ValueError) as error:  # auxiliary classifiers may need larger images, memory may end
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
-        shape = "x".join(map(str, images.shape))
-        raise TrainingError(f"the model fails in training mode on a batch of {shape}: {reason}") from error
+        failed = f"the model fails in training mode on a batch of {'x'.join(map(str, images.shape))}: {reason}"
+        if len(images) == 1 and isinstance(error, ValueError):  # batch norms
+            raise ConfigError(
+                f"{failed}; take a larger --batch-size or a smaller --accumulate", key="batch_size"
+            ) from error
+        raise TrainingError(failed) from error

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.adapters.pytorch.copies import detached
+
 
 def structural_copy(model: nn.Module) -> nn.Module:
     """Modules and attributes are copies, parameters, buffers and plain tensor attributes are the same objects."""
@@ -16,7 +18,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     shared.update((id(b), b) for b in model.buffers())
     for module in model.modules():
         shared.update((id(v), v) for v in vars(module).values() if isinstance(v, Tensor))
-    return copy.deepcopy(model, shared)
+    return copy.deepcopy(model, detached(model, shared))
 
 
 def separate_copy(model: nn.Module, *, parameters: bool = True) -> nn.Module:
@@ -29,7 +31,7 @@ def separate_copy(model: nn.Module, *, parameters: bool = True) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and id(value) not in own:
                 own[id(value)] = value.detach().clone() if parameters else value
-    return copy.deepcopy(model, own)
+    return copy.deepcopy(model, detached(model, own))
 
 
 def skeleton(model: nn.Module) -> nn.Module:

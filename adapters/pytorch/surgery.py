@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prunus.adapters.pytorch.attributes import apply_edits
 from prunus.adapters.pytorch.sizes import follow_tensors
+from prunus.adapters.pytorch.tracing.capture import forget_derived
 from prunus.core.cost import IntArray
 from prunus.core.errors import PlanError
 from prunus.core.graph import Axis, ChannelGraph, Keep
@@ -116,6 +117,7 @@ def remove(
     graph.check_keep(keep)
     changes = reindex(model, {**graph.kept_indices(keep), **graph.kernel_indices(kernels)})
     apply_edits(model, edits)
+    forget_derived(model)
     return changes
 
 
@@ -144,6 +146,7 @@ def grow(
     changes = reindex(model, growth.sources)
     _share_readers(changes, graph, growth, seed, noise)
     apply_edits(model, edits)
+    forget_derived(model)
     return wider, growth, changes
 
 

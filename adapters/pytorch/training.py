@@ -145,9 +145,10 @@ class Trainer:
             stepped = stepper.passes(images, labels)
             if not stepped.finite:
                 _put_back(module, buffers)
+                advice = "a smaller --lr" if self.settings.amp == "off" else "a smaller --lr or --no-amp"
                 raise TrainingError(
                     f"{job.directive.label}: the loss or its gradient is NaN or infinite at step {step + 1} of "
-                    f"{total} (learning rate {rate:.3g}); try a smaller --lr or --amp off",
+                    f"{total} (learning rate {rate:.3g}); try {advice}",
                     step=step + 1,
                 )
             if job.decay is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,9 +18,22 @@ from prunus.core.files import write_atomically
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors` to `path`, atomically. Tensors that share memory must have been reduced to one."""
+    """Write `tensors` to `path`, atomically. Tensors that share memory must have been reduced to one.
+
+    Raises OSError (disk full) with an old file untouched.
+    """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(ready, temporary, metadata=dict(metadata or {})))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(ready, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:  # what the system said, in words
+            said = re.search(r"os error (\d+)", str(error))
+            if said is None:
+                raise
+            raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.api import prune
 from prunus.adapters.pytorch.broken_images import BrokenImages
+from prunus.adapters.pytorch.weights import write_tensors
 from prunus.core.cli import run
 from prunus.core.errors import LoadError
 
@@ -197,3 +200,14 @@ def test_a_negative_label_in_the_test_data_is_refused(tmp_path: Path) -> None:
             epochs=0,
             output=tmp_path / "run",
         )
+
+
+def test_a_disk_without_room_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("prunus.adapters.pytorch.weights.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(2)})
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())

@@ -125,6 +125,11 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, weights: dict[str
     assert f"such as {folder / 'model.safetensors'}" in refusal(folder)
     (tmp_path / "w.onnx").write_bytes(b"0")
     assert "unknown ending" in refusal(tmp_path / "w.onnx")
+    for content in (b"hello", b"", b"e", b"s.", b"X\x02\x00\x00\x00\xff\xff."):
+        (tmp_path / "junk.pth").write_bytes(content)
+        assert "junk.pth" in refusal(tmp_path / "junk.pth")
+    (tmp_path / "junk.pth").write_bytes(b"hello")
+    assert "cannot be read, it is damaged or no file of torch.save (KeyError" in refusal(tmp_path / "junk.pth")
     for name in ("w.safetensors", "w.pth"):
         (tmp_path / name).write_bytes(b"neither one nor the other")
         refusal(tmp_path / name)

@@ -17,6 +17,7 @@ from PIL import Image
 from prunus.adapters.pytorch.array_images import ArrayImages, ArrayTrainBatches, normalised
 from prunus.adapters.pytorch.batches import DataBundle, stratified_split, stratified_subset
 from prunus.adapters.pytorch.datasets import FASHION_FOLDERS, LoadOptions, load_data, open_data
+from prunus.adapters.pytorch.file_images import FileImages
 from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.core.errors import LoadError
 
@@ -226,6 +227,24 @@ def test_a_folder_is_served_with_its_class_names_grey_images_among_colour(folder
     assert images.shape == (6, 3, 16, 16)
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
     torch.testing.assert_close(images[2, 0, 0, 0], torch.tensor((80 / 255 - 0.5) / 0.25))
+
+
+def test_grey_images_of_sixteen_bits_keep_their_mean(folder: Path) -> None:
+    Image.fromarray(np.full((20, 24), 30_000, np.uint16)).save(folder / "val" / "cat" / "0.png")
+    source = open_data(str(folder))
+    assert source is not None
+    images, _ = gathered(load_data(source, COLOUR, LoadOptions(batch_size=4, workers=0)).test)
+    assert float(images[0].mean()) * 0.25 + 0.5 == pytest.approx(30_000 / 65_535, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "level", "expected"),
+    [("I;16B", ">u2", 30_000, 30_000 / 65_535), ("I", "<i4", 30_000, 30_000 / 65_535), ("I", "<i4", 51, 0.2)],
+)
+def test_integers_are_brought_to_eight_bits(mode: str, kind: str, level: int, expected: float) -> None:
+    image = Image.frombytes(mode, (16, 16), np.full((16, 16), level, kind).tobytes())
+    pixels, _, _ = FileImages([(image, 0)], COLOUR, None)[0, 0]
+    assert float(pixels.mean()) * 0.25 + 0.5 == pytest.approx(expected, abs=2e-3)
 
 
 def test_batches_of_files_do_not_depend_on_the_number_of_workers(folder: Path) -> None:

@@ -178,6 +178,49 @@ def test_a_killed_process_ends_the_job_which_goes_on_with_another_number_of_them
     assert plan_of(run) == plan_of(tmp_path / "whole")
 
 
+RESTORED = """
+from pathlib import Path
+from prunus.adapters.pytorch.distributed import plan_digest
+from prunus.adapters.pytorch.session import open_session
+from prunus.core.directives import Evaluate, Remove
+from prunus.core.errors import JournalError
+from prunus.core.settings import make_settings
+session, folder = open_session(make_settings({
+    "model": "prunus/resnet8", "data": "digits", "train_limit": 160, "batch_size": 32, "threads": 1,
+})), Path(FOLDER)
+adapter = session.adapter
+if session._processes.place.first:
+    for name in ("empty", "dense", "pruned"):
+        (folder / name).mkdir(parents=True)
+    plans = {"dense": plan_digest(adapter)}
+    adapter.checkpoint(folder / "dense")
+    name, group = next((n, g) for n, g in adapter.graph.groups.items() if not g.locked)
+    adapter.remove(Remove({name: list(range(group.units // 2))}))
+    plans["pruned"] = plan_digest(adapter)
+    adapter.checkpoint(folder / "pruned")
+    for name, plan in plans.items():
+        try:
+            adapter.restore(folder / "empty")
+        except JournalError:
+            print("the one before")
+        adapter.restore(folder / name)
+        assert plan_digest(adapter) == plan
+        print(adapter.evaluate(Evaluate()).samples)
+    session.dismiss()
+else:
+    session.follow()
+print("ends with", adapter.forward_macs)
+"""
+
+
+def test_all_processes_are_brought_to_a_checkpoint_of_another_plan_than_theirs(jobs: Jobs, tmp_path: Path) -> None:
+    jobs.start(2, script=RESTORED.replace("FOLDER", repr(str(tmp_path))))
+    assert jobs.codes() == [0, 0], jobs.texts()
+    first, second = jobs.texts()
+    assert first.count("the one before") == 2
+    assert first.partition("ends with ")[2] == second.partition("ends with ")[2] != ""
+
+
 DIFFERENT_PLANS = """
 import os
 from prunus.adapters.pytorch.processes import SeveralProcesses

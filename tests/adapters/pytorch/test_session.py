@@ -50,6 +50,19 @@ def test_a_plan_can_name_no_other_model_than_the_one_its_user_named() -> None:
         session.adapter.origin.build(ModelSource(name="python:os:getcwd"))
 
 
+def test_a_plan_of_the_same_model_with_other_arguments_is_refused_by_those() -> None:
+    session = open_session(RunSettings(model="prunus/resnet8", data="none"))
+    own = session.source
+    with pytest.raises(LoadError, match=r"of the model 'prunus/resnet8' with other arguments: zz=3, not none$"):
+        session.adapter.origin.build(own.model_copy(update={"kwargs": {**own.kwargs, "zz": 3}}))
+
+
+def test_more_parts_than_images_of_a_batch_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"a batch of 32 cannot be computed in 33 parts.* at most 32$") as caught:
+        open_session(RunSettings(**SMALL, accumulate=33))
+    assert caught.value.key == "accumulate"
+
+
 @pytest.mark.parametrize("epochs", [None, 0.0, 1.5])
 def test_refits_know_whether_training_follows(epochs: float | None) -> None:
     given = {} if epochs is None else {"epochs": epochs}

@@ -287,3 +287,13 @@ def test_growth_keeps_the_function_of_real_models(name: str) -> None:
         wider, _, _ = grow(model, graph, widths, edits=prepared.bindings.edits(graph.units, graph.units | widths))
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     assert wider.cost().params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_what_was_computed_of_older_tensors_is_forgotten(grows: bool, model: Stack) -> None:
+    model.bias_cache = {"cpu": torch.zeros(6)}
+    if grows:
+        grow(model, _stack_graph(model), {"conv.weight": 12})
+    else:
+        remove(model, _stack_graph(model), {"conv.weight": np.arange(3)})
+    assert model.bias_cache == {}

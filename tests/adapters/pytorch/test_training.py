@@ -135,6 +135,13 @@ def test_nan_stops_the_training_at_its_step_and_spreads_no_further(data: DataBun
             module, SETTINGS.make_optimizer(module), Job(Train(epochs=1), 0, 1.0)
         )
     assert caught.value.step == 4
+    assert str(caught.value).endswith("try a smaller --lr")  # there is no --amp to be put off
+    mixed = replace(SETTINGS, amp="bf16")
+    module = student().module
+    with pytest.raises(TrainingError, match=r"try a smaller --lr or --no-amp$"):
+        Trainer(mixed, Poisoned(data, 0), 0).train(
+            module, mixed.make_optimizer(module), Job(Train(epochs=1), 0, 1.0)
+        )
     assert all(bool(torch.isfinite(value).all()) for value in module.state_dict().values())
 
 
@@ -154,6 +161,15 @@ def test_a_model_that_fails_in_training_mode_alone_ends_in_one_clear_line(data: 
     with pytest.raises(TrainingError, match=r"training mode on a batch of 64x1x8x8: [^\n]+$"):
         Trainer(SETTINGS, data.train, 0).train(
             module, SETTINGS.make_optimizer(module), Job(Train(epochs=1), 0, 1.0)
+        )
+
+
+def test_parts_too_small_for_batch_norms_are_refused_with_what_to_do(data: DataBundle) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+    settings = replace(SETTINGS, accumulate=64)
+    with pytest.raises(ConfigError, match=r"more than 1 value.*; take a larger --batch-size or a smaller --acc"):
+        Trainer(settings, data.train, 0).train(
+            module, settings.make_optimizer(module), Job(Train(epochs=1), 0, 1.0)
         )
 
 

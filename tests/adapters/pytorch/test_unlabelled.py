@@ -115,3 +115,24 @@ def test_a_folder_without_images_or_without_parts_is_told_what_is_missing(
     assert "holds no images" in capfd.readouterr().err
     assert run(["prune", "--plugin", "bayes-reparam", "--data", str(photographs)]) == 4
     assert f"images without labels are given as images:{photographs}" in capfd.readouterr().err
+
+
+def test_a_finished_run_is_exported_with_such_images_to_compare_by(
+    photographs: Path, model: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    grey = ("--model", "prunus/resnet8", "--dense-epochs", "0", "--epochs", "0", "--threads", "1")
+    for name, words in {
+        "colour": (*model, "--data", f"images:{photographs}"),
+        "trained": (*model, "--data", "none"),
+        "grey": (*grey, "--data", "digits"),
+    }.items():
+        assert run(["prune", "--plugin", "one-shot", *words, "--output", str(tmp_path / name)]) == 0
+    capfd.readouterr()
+    other = ("--data", f"images:{photographs}", "--format", "program")
+    for name in ("colour", "trained"):
+        assert run(["export", str(tmp_path / name), *other]) == 0
+        assert "real images, batch 8: differs by at most" in capfd.readouterr().out
+    assert run(["export", str(tmp_path / "grey"), *other]) == 2
+    assert "has images of 3 channels, the run's model takes 1" in capfd.readouterr().err
+    assert run(["evaluate", str(tmp_path / "colour"), *other[:2]]) == 2
+    assert "there is nothing to evaluate without labels" in capfd.readouterr().err
