@@ -53,7 +53,7 @@ def compare(
     with stdout_for_json(as_json) as out:
         plan = read_protocol(protocol)
         cells = plan.select(only or ())
-        folder = output or Path("runs") / f"compare-{protocol.stem}"
+        folder = _free(output or Path("runs") / f"compare-{protocol.stem}")
         grid = Grid(plan, protocol, ResultsFolder(folder), tuple(registry or ()))
         words = ["optimize", "compare", str(protocol), "--output", str(folder)]
         words += [word for path in registry or () for word in ("--registry", str(path))]
@@ -68,12 +68,23 @@ def compare(
     return 1 if failed else 0
 
 
+def _free(folder: Path) -> Path:
+    """`folder`, unless a run lies there: its files are not for a comparison to write among."""
+    from prunus.core.errors import ConfigError
+    from prunus.core.run_folder import RunFolder
+
+    if RunFolder(folder).settings_file.exists():
+        raise ConfigError(f"folder {folder} holds a run; choose another --output for the comparison", key="output")
+    return folder
+
+
 def _run(grid: Grid, cells: tuple[Cell, ...], again: str, jobs: int, rerun: bool) -> list[str]:
     """Run what is missing; returns the names of the cells that failed."""
     from prunus.core.compare_record import CellRecord
     from prunus.core.display import duration
     from prunus.core.run_lock import RunLock
 
+    grid.check(cells if rerun else grid.missing(cells))
     grid.results.create()
     failed: list[str] = []
     with RunLock(grid.results.path):

@@ -54,11 +54,12 @@ def export(
         raise ConfigError(f"--push {push} takes OWNER/NAME, and --format hub", key="push")
     size = image_size(read_report(run))
     settings = settings_for(run, trust, data=data)
+    path = _free(output or run / OUTPUTS[form], form)
     with stdout_for_json(as_json) as out:
         session = _opened(settings, registry, fixed_data=data is not None)
         if not isinstance(session, Exporter):
             raise ConfigError(f"adapter {settings.adapter!r} cannot export models", key="adapter")
-        report = session.export(run, output or run / OUTPUTS[form], form, size)
+        report = session.export(run, path, form, size)
         address = None
         if push is not None:
             if not isinstance(session, Publisher):
@@ -69,6 +70,36 @@ def export(
         else:
             _show(report, address)
     return 0
+
+
+def _free(path: Path, form: str) -> Path:
+    """`path`, if an export may go there. Raises ConfigError for what a run is made of, and a folder for a file."""
+    from prunus.core.errors import ConfigError
+    from prunus.core.run_folder import RunFolder
+
+    # where a link lies and where it leads to
+    for place in (path.parent.resolve() / path.name, path.resolve()):
+        for folder in (place, *place.parents):
+            own = place.relative_to(folder).parts[:1]
+            run = RunFolder(folder)
+            lies_here = run.settings_file.is_file() and (run.finished or run.journal.is_dir())
+            if lies_here and (not own or own[0] in _run_files()):
+                raise ConfigError(
+                    f"--output {path} belongs to the run in {folder}, which no export may change; choose another",
+                    key="output",
+                )
+    if form != "hub" and path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; --format {form} writes a file", key="output")
+    return path
+
+
+def _run_files() -> set[str]:
+    """What a run is made of; not what was exported from it."""
+    from prunus.core.export import OUTPUTS
+    from prunus.core.run_folder import FILES, FOLDERS
+
+    exports = {name for output in OUTPUTS.values() for name in (output, f"{output}.data")}
+    return {*FILES, *FOLDERS, ".lock"} - exports
 
 
 def _opened(settings: RunSettings, registry: list[Path] | None, *, fixed_data: bool) -> object:
@@ -106,12 +137,14 @@ def _facts(report: ExportReport) -> dict[str, Any]:
 
 def _show(report: ExportReport, address: str | None) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from prunus.core.display import human
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     batch = "any batch size" if report.dynamic_batch else "one batch size"
-    console.print(f"[bold]{report.path}[/]: {report.format}, {human(report.bytes, 'B')}, {batch}", soft_wrap=True)
+    facts = f": {report.format}, {human(report.bytes, 'B')}, {batch}"
+    console.print(Text.assemble((str(report.path), "bold"), facts), soft_wrap=True)
     for check in report.checks:
         console.print(
             f"  {check.inputs} images, batch {check.batch}: differs by at most {check.relative_error:.1e} "

@@ -71,12 +71,20 @@ def evaluate(
 
     finished = read_report(run)
     settings = settings_for(run, trust, data=data, device=device)
+    if settings.data == "none":
+        why = f"{run} was made without data" if data is None else "--data none leaves nothing to evaluate on"
+        raise ConfigError(f"{why}; name labelled data with --data", key="data")
     with stdout_for_json(as_json) as out:
         session = _open(settings, registry)
+        if not session.has_labels:
+            raise ConfigError(
+                f"there is nothing to evaluate without labels, and {settings.data} has none; name labelled data "
+                "with --data",
+                key="data",
+            )
         session.load(run)
         tested = session.test()
-        if tested is None:
-            raise ConfigError(f"{run} was made without data; name some with --data", key="data")
+        assert tested is not None
         facts = {
             "run": str(run),
             "model": finished.model,
@@ -91,16 +99,17 @@ def evaluate(
             out.write(json.dumps(facts) + "\n")
         else:
             from rich.console import Console
+            from rich.text import Text
 
             from prunus.core.display import human
 
             size = f"{human(finished.pruned.macs)} MACs, {human(finished.pruned.params)} parameters"
-            Console().print(
-                f"{finished.model}: [bold]{tested.accuracy:.2%}[/] of {tested.samples:,} test images (loss "
-                f"{tested.loss:.4f}), {size}",
-                highlight=False,
-                soft_wrap=True,
+            said = Text.assemble(
+                f"{finished.model}: ",
+                (f"{tested.accuracy:.2%}", "bold"),
+                f" of {tested.samples:,} test images (loss {tested.loss:.4f}), {size}",
             )
+            Console().print(said, soft_wrap=True)
     return 0
 
 

@@ -38,7 +38,7 @@ def list_(registry: Registries = None, as_json: Json = False) -> None:
         table.add_column(column, overflow="fold")
     for entry, error in rows:
         says = Text(entry.summary) if error is None else Text(f"broken: {error}", style="red")
-        table.add_row(NOUNS[entry.kind], Text(entry.name, style="bold"), says, entry.source)
+        table.add_row(NOUNS[entry.kind], Text(entry.name, style="bold"), says, Text(entry.source))
     Console().print(table)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +66,7 @@ def prune(
         _option("--min-share", help="Smallest share of its units a group keeps [0.05].", panel=_METHOD),
     ] = None,
     multiple_of: Annotated[
-        int | None, _option("--multiple-of", help="Keep multiples of so many units [1].", panel=_METHOD)
+        int | None, _option("--multiple-of", help="Keep multiples of so many channels [1].", panel=_METHOD)
     ] = None,
     verify: Annotated[
         bool | None,
@@ -223,7 +224,9 @@ def prune(
     with stdout_for_json(as_json) as out:
         entries = Registry.discover(registry or ())
         if resume is not None:
-            folder, settings = RunFolder(resume), _resumed(RunFolder(resume), given, assignments, output, trust)
+            begins = {"set": assignments, "output": output, "config": config, "overwrite": overwrite}
+            refused = [name for name, value in begins.items() if value]
+            folder, settings = RunFolder(resume), _resumed(RunFolder(resume), given, refused, trust)
         else:
             settings = _settings(config, {**given, "trust": trust}, assignments)
             folder = RunFolder(output or choose_folder(settings))
@@ -257,18 +260,23 @@ _CHANGEABLE = {"workers", "threads", "track"}
 
 
 def _settings(config: Path | None, given: dict[str, Any], assignments: list[str]) -> RunSettings:
-    from prunus.core.settings import make_settings, read_settings
+    from prunus.core.settings import make_settings, override, read_settings
 
-    base = read_settings(config) if config is not None else {}
-    return make_settings({**base, **given}).with_plugin_settings(assignments)
+    if config is None:
+        return make_settings(given).with_plugin_settings(assignments)
+    values, left_out = override(read_settings(config), given)
+    if left_out:
+        print(
+            f"optimize: not used of {config}, as options override what they belong to: {', '.join(left_out)}",
+            file=sys.stderr,
+        )
+    return make_settings(values).with_plugin_settings(assignments)
 
 
-def _resumed(
-    folder: RunFolder, given: dict[str, Any], assignments: list[str], output: Path | None, trust: bool
-) -> RunSettings:
+def _resumed(folder: RunFolder, given: dict[str, Any], refused: list[str], trust: bool) -> RunSettings:
     from prunus.core.errors import ConfigError
 
-    fixed = sorted(set(given) - _CHANGEABLE) + (["set"] if assignments else []) + (["output"] if output else [])
+    fixed = [*sorted(set(given) - _CHANGEABLE), *refused]
     if fixed:
         names = ", ".join(f"--{_OPTIONS.get(name, name).replace('_', '-')}" for name in fixed)
         raise ConfigError(f"{names} cannot be changed by --resume: the run goes on as it began", key=fixed[0])
@@ -314,7 +322,7 @@ def _follow(settings: RunSettings, registry: Any) -> int:
 def _tell(console: Console, folder: RunFolder, text: str) -> None:
     """One line about a run that did not end, if it had begun."""
     if (folder.journal / "head.json").exists():
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _print_schema() -> int:

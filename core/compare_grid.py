@@ -16,7 +16,9 @@ from pathlib import Path
 from prunus.core.compare_protocol import Cell, Protocol
 from prunus.core.compare_record import CellRecord, ResultsFolder
 from prunus.core.compare_worker import command
-from prunus.core.errors import LoadError
+from prunus.core.errors import ConfigError, LoadError, PrunusError
+from prunus.core.pruning import find_method
+from prunus.core.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,22 @@ class Grid:
         """Cells without a finished record; failed ones are tried again."""
         found = ((cell, self.results.read(cell, self.protocol.key(cell))) for cell in cells)
         return [cell for cell, record in found if record is None or record.status == "failed"]
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Raises ConfigError naming the entry if a name or a setting of its method is wrong; nothing has run yet.
+
+        What else is wrong with a method becomes the record of its cells, and the other entries run.
+        """
+        registry = Registry.discover(self.registry)
+        registry.entry("adapters", self.protocol.adapter)
+        different = {(cell.entry.name, cell.teaching): cell for cell in cells if cell.entry.plugin is not None}
+        for cell in different.values():
+            try:
+                find_method(self.protocol.settings(cell, None), registry)
+            except ConfigError as error:
+                raise ConfigError(f"{self.file}, entry {cell.entry.name!r}: {error}", key="entries") from None
+            except PrunusError:
+                continue
 
     def forget(self, cells: Sequence[Cell]) -> None:
         """Delete the records of `cells`."""

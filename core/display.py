@@ -47,10 +47,10 @@ class RunDisplay:
         self._console = console
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=_BAR),
-            TextColumn("{task.fields[count]}"),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[count]}", markup=False),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -67,11 +67,13 @@ class RunDisplay:
     def opened(self, description: Description, settings: RunSettings, budget: Budget) -> None:
         size = "x".join(str(n) for n in description.input_size)
         facts = Table.grid(padding=(0, 2))
-        facts.add_row("model", f"[bold]{description.model}[/]  input {size}, {description.classes or '?'} classes")
-        facts.add_row("data", f"{description.data}  {_images(description)}".rstrip())
-        facts.add_row("method", settings.plugin + (f" by {settings.importance}" if settings.importance else ""))
+        classes = f"  input {size}, {description.classes or '?'} classes"
+        facts.add_row("model", Text.assemble((description.model, "bold"), classes))
+        facts.add_row("data", Text(f"{description.data}  {_images(description)}".rstrip()))
+        by = f" by {settings.importance}" if settings.importance else ""
+        facts.add_row("method", Text(settings.plugin + by))
         dense = f"{human(budget.dense.macs)} MACs, {human(budget.dense.params)} parameters"
-        facts.add_row("target", f"{', '.join(settings.targets)}  of {dense}")
+        facts.add_row("target", Text(f"{', '.join(settings.targets)}  of {dense}"))
         self._console.print(Panel(facts, title="prunus", expand=False))
         for note in description.notes:
             self.notice(note)
@@ -156,7 +158,7 @@ def summary(report: Report) -> RenderableType:
     next_steps.add_column(overflow="fold")
     for what, how in uses(report).items():
         if what != "export":
-            next_steps.add_row(what, how)
+            next_steps.add_row(what, Text(how))
     lines: list[RenderableType] = [_sizes(report), _stages(report.widths)]
     lines += [Text(sentence) for sentence in whole_layers(report.depth)]
     lines.append(Text(proof(report)))
@@ -191,7 +193,8 @@ def proof(report: Report) -> str:
 
 
 def _sizes(report: Report) -> Table:
-    table = Table(title=f"{report.model} by {report.plugin}", title_justify="left")
+    heading = Text(f"{report.model} by {report.plugin}", style="table.title")
+    table = Table(title=heading, title_justify="left")
     for column in ("", "before", "after", "kept", "target"):
         table.add_column(column, justify="left" if not column else "right")
     rows = [("MACs", "macs"), ("parameters", "params"), ("size", "bytes")]
@@ -221,7 +224,7 @@ def _stages(widths: Sequence[Width]) -> Table:
         table.add_column(column, justify="left" if column in ("stage", "") else "right")
     for stage, members in by_stage(widths):
         units, kept = sum(w.units for w in members), sum(w.kept for w in members)
-        table.add_row(stage, str(len(members)), str(units), str(kept), bar(kept / max(units, 1)))
+        table.add_row(Text(stage), str(len(members)), str(units), str(kept), bar(kept / max(units, 1)))
     return table
 
 

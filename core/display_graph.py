@@ -98,7 +98,7 @@ def _locks(graph: ChannelGraph) -> Table | None:
     table.add_column("groups", justify="right")
     table.add_column("reason", overflow="fold")
     for reason, count in Counter(_NUMBER.sub("*", reason) for reason in locked.values()).most_common():
-        table.add_row(str(count), reason)
+        table.add_row(str(count), Text(reason))
     return table
 
 

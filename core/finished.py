@@ -21,11 +21,15 @@ _LARGEST = 8192
 
 
 def read_report(folder: Path) -> Report:
-    """report.json of a finished run. Raises LoadError naming what is missing or damaged."""
+    """report.json of a finished run, `run` being where it lies now.
+
+    Raises LoadError naming what is missing or damaged.
+    """
     try:
-        return Report.model_validate(RunFolder(folder).read_json("report.json"))
+        report = Report.model_validate(RunFolder(folder).read_json("report.json"))
     except ValidationError as error:
         raise LoadError(f"{folder / 'report.json'} is damaged: {first_problem(error)}") from None
+    return report.model_copy(update={"run": str(folder)})
 
 
 def image_size(report: Report) -> tuple[int, int, int]:
@@ -36,12 +40,12 @@ def image_size(report: Report) -> tuple[int, int, int]:
 
 
 def settings_for(folder: Path, trust: bool, **changes: Any) -> RunSettings:
-    """The run's settings, to open its model again: nothing is loaded that the run has replaced since.
+    """The run's settings, to open its model again: nothing is trained, nor loaded that the run has replaced since.
 
     Changes of None are left out. Raises ConfigError if the settings name code and `trust` is false.
     """
     given = {name: value for name, value in changes.items() if value is not None}
-    without = {"teachers": (), "pretrained": False, "checkpoint": None}
+    without = {"teachers": (), "pretrained": False, "checkpoint": None, "epochs": 0.0, "dense_epochs": 0.0}
     return RunFolder(folder).read_settings(trust).model_copy(update={**without, **given})
 
 
@@ -52,8 +56,9 @@ def uses(report: Report) -> dict[str, str]:
         return {"in Python": f"{load}({run}, original={report.model.rpartition('.')[2]}(...))"}
     folder = shlex.quote(report.run)
     trust = " --trust" if RunSettings.model_construct(**report.settings).code else ""
+    judged = report.pruned.accuracy is not None  # without data or labels there is nothing to evaluate on
     return {
-        "evaluate": f"optimize evaluate {folder}{trust}",
+        **({"evaluate": f"optimize evaluate {folder}{trust}"} if judged else {}),
         "export": f"optimize export {folder}{trust} --format onnx",
         "in Python": f"{load}({run}{', trust=True' if ':' in report.model else ''})",
     }

@@ -75,6 +75,12 @@ class ChannelGroup:
         return tuple(s for s in self.slices if s.role == role)
 
     @property
+    def channels_per_unit(self) -> int:
+        """How many outputs of a layer a unit has at least: 1 for a channel, the head's size for a head."""
+        counts = [np.bincount(s.unit_of[s.unit_of >= 0]) for s in self.with_role("writes")]
+        return min((int(count[count > 0].min()) for count in counts if count.any()), default=1)
+
+    @property
     def min_kept(self) -> int:
         """The smallest count a plan may keep: everything if locked, else at least `min_units`, rounded up."""
         if self.locked is not None:
@@ -117,12 +123,13 @@ class ChannelGraph:
         """The same graph with a floor under every group: `share` of its units, at least 2 of 8 or more.
 
         A group that is left with one channel costs points that nothing brings back (methods, section 0).
-        `multiple_of` rounds kept counts of channel groups to the hardware's liking.
+        `multiple_of` rounds what layers have left to the hardware's liking: to multiples of so many channels,
+        of which one unit may have several (a head). Groups of fewer channels keep all.
         """
         groups = []
         for group in self.groups.values():
             least = max(math.ceil(share * group.units - 1e-9), 2 if group.units >= 8 else 1, group.min_units)
-            step = math.lcm(group.multiple_of, multiple_of) if group.units > multiple_of else group.multiple_of
+            step = math.lcm(group.multiple_of, multiple_of // math.gcd(multiple_of, group.channels_per_unit))
             groups.append(replace(group, min_units=min(least, group.units), multiple_of=step))
         return self.with_groups(groups)
 

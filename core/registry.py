@@ -40,6 +40,18 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _TARGET = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
 
+_COMMAND_LINE = "the command line"
+"""The source of names that are no entry anywhere."""
+
+
+class WrongTargetError(PluginError, ConfigError):
+    """What the user wrote as package.module:Object leads to nothing of that kind: the call is wrong."""
+
+    def __init__(self, kind: Kind, name: str, rule: str, detail: str) -> None:
+        ConfigError.__init__(self, f"{NOUNS[kind]} {name!r}: {rule}. {detail}", key=kind)
+        self.plugin, self.rule = name, rule
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One registered name."""
@@ -104,7 +116,7 @@ class Registry:
         if ":" in name:
             if not re.fullmatch(_TARGET, name):
                 raise ConfigError(f"{NOUNS[kind]} {name!r}: write it as package.module:Class", key=kind)
-            return Entry(kind, name, name, "", "", "the command line")
+            return Entry(kind, name, name, "", "", _COMMAND_LINE)
         claimed = self._entries.get((kind, name), [])
         if not claimed:
             raise UnknownNameError(NOUNS[kind], name, self.names(kind))
@@ -113,18 +125,34 @@ class Registry:
         return claimed[0]
 
     def policy(self, name: str) -> type[PruningPolicy]:
-        """The policy class. Raises PluginError naming the plugin and the rule it breaks."""
-        return check_policy(name, load_target(self.entry("plugins", name)))
+        """The policy class. Raises PluginError naming the plugin and the rule it breaks.
+
+        Where the name itself is wrong that is a ConfigError, too.
+        """
+        return check_policy(name, self._class("plugins", name, PruningPolicy))
 
     def estimator(self, name: str) -> type[ImportanceEstimator]:
-        """The estimator class. Raises PluginError naming the plugin and the rule it breaks."""
-        return check_estimator(name, load_target(self.entry("importance", name)))
+        """The estimator class. Raises PluginError naming the plugin and the rule it breaks.
+
+        Where the name itself is wrong that is a ConfigError, too.
+        """
+        return check_estimator(name, self._class("importance", name, ImportanceEstimator))
+
+    def _class(self, kind: Kind, name: str, base: type) -> object:
+        entry = self.entry(kind, name)
+        found = load_target(entry)
+        wrong = _wrong_kind(found, base)
+        if wrong is not None:
+            raise _fault(entry, *wrong)
+        return found
 
     def adapter(self, name: str) -> OpenSession:
         """The function that opens a session."""
-        found = load_target(self.entry("adapters", name))
+        entry = self.entry("adapters", name)
+        found = load_target(entry)
         if not callable(found):
-            raise PluginError(name, "an adapter's target must be a function that opens a session")
+            rule = "an adapter's target must be a function that opens a session"
+            raise _fault(entry, rule, f"It is {type(found).__name__}.")
         return cast("OpenSession", found)
 
     def broken(self, entry: Entry) -> str | None:
@@ -181,11 +209,19 @@ def _entry_points() -> list[Entry]:
     return entries
 
 
+def _fault(entry: Entry, rule: str, detail: str) -> PluginError:
+    """What an entry leads to is not there or no such thing: its author's fault, or the user's who wrote it."""
+    if entry.source == _COMMAND_LINE:
+        return WrongTargetError(entry.kind, entry.name, rule, detail)
+    return PluginError(entry.name, rule, detail)
+
+
 def load_target(entry: Entry) -> Any:
     """Import what an entry names.
 
     Raises MissingDependencyError if the target's module needs a package that is not installed, PluginError if
-    the module or the object in it is not there or cannot be imported.
+    the module or the object in it is not there (WrongTargetError where the user wrote the target) or cannot be
+    imported.
     """
     module_name, _, attribute = entry.target.partition(":")
     try:
@@ -193,11 +229,8 @@ def load_target(entry: Entry) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module_name == missing or module_name.startswith(f"{missing}."):
-            raise PluginError(
-                entry.name,
-                "its module must exist",
-                f"No module {missing!r} ({entry.target}, from {entry.source}).",
-            ) from error
+            detail = f"No module {missing!r} ({entry.target}, from {entry.source})."
+            raise _fault(entry, "its module must exist", detail) from error
         if missing.partition(".")[0] == module_name.partition(".")[0]:
             raise PluginError(
                 entry.name, "its modules must exist", f"{module_name} imports {missing!r}, which is not there."
@@ -212,11 +245,8 @@ def load_target(entry: Entry) -> Any:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        raise PluginError(
-            entry.name,
-            "its target must exist",
-            f"Module {module_name} has no {attribute!r} (from {entry.source}).",
-        ) from None
+        detail = f"Module {module_name} has no {attribute!r} (from {entry.source})."
+        raise _fault(entry, "its target must exist", detail) from None
 
 
 def check_policy(name: str, found: object) -> type[PruningPolicy]:
@@ -241,11 +271,19 @@ def check_estimator(name: str, found: object) -> type[ImportanceEstimator]:
     return estimator
 
 
-def _check_class(name: str, found: object, base: type) -> None:
+def _wrong_kind(found: object, base: type) -> tuple[str, str] | None:
+    """Rule and detail where `found` is no class made from `base`."""
     if not inspect.isclass(found):
-        raise PluginError(name, "its target must be a class", f"It is {type(found).__name__}.")
+        return "its target must be a class", f"It is {type(found).__name__}."
     if not issubclass(found, base):
-        raise PluginError(name, f"it must derive from prunus.core.{base.__name__}", f"{found.__name__} does not.")
+        return f"it must derive from prunus.core.{base.__name__}", f"{found.__name__} does not."
+    return None
+
+
+def _check_class(name: str, found: object, base: type) -> None:
+    wrong = _wrong_kind(found, base)
+    if wrong is not None:
+        raise PluginError(name, *wrong)
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise PluginError(name, "it must define every abstract method", f"Missing: {missing}.")

@@ -20,7 +20,7 @@ from prunus.core.files import write_atomically
 from prunus.core.plan import UNNAMED
 from prunus.core.settings import RunSettings, make_settings, read_settings
 
-_FILES = (
+FILES = (
     "run.toml",
     "plan.json",
     "model.safetensors",
@@ -35,7 +35,7 @@ _FILES = (
 )
 _HUB = ("README.md", "config.json", "model.safetensors")
 """What an export for a model hub leaves in the folder hub/."""
-_FOLDERS = ("journal", "checkpoint", "trackers")
+FOLDERS = ("journal", "checkpoint", "trackers")
 _HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp")
 """What a process that was killed while it wrote a file leaves behind."""
 MAX_JSON_BYTES = 256 * 2**20
@@ -73,7 +73,8 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        return any((self.path / name).exists() for name in (*_FILES, *_FOLDERS))
+        """True for what begins every run: other files of these names (weights, a journal) are somebody's own."""
+        return self.settings_file.is_file() or (self.journal / "head.json").is_file()
 
     def check(self, overwrite: bool) -> None:
         """Raises RunExistsError if it holds a run and `overwrite` is false, ConfigError if it holds anything else.
@@ -97,11 +98,11 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete the run's own files."""
-        for name in (*_FILES, *(f"hub/{name}" for name in _HUB)):
+        for name in (*FILES, *(f"hub/{name}" for name in _HUB)):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or not empty
             (self.path / "hub").rmdir()
-        for name in _FOLDERS:
+        for name in FOLDERS:
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
 

@@ -94,7 +94,7 @@ class RunSettings(BaseModel):
     min_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """The smallest share of its units that any group keeps."""
     multiple_of: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Kept counts are multiples of this."""
+    """Channels that a layer keeps are multiples of this; of heads, those of all heads together."""
     verify: bool = True
     """Check masked against pruned outputs at every removal."""
 
@@ -173,6 +173,25 @@ def make_settings(values: Mapping[str, Any]) -> RunSettings:
     except ValidationError as error:
         location = error.errors()[0]["loc"]
         raise ConfigError(first_problem(error), key=str(location[0]) if location else None) from None
+
+
+_FOLLOWING = {
+    "plugin": ("config", "importance", "importance_config"),
+    "importance": ("importance_config",),
+    "opt": ("lr", "recovery_lr", "recovery_base_lr", "weight_decay"),
+    "lr": ("recovery_base_lr",),
+}
+"""What a run.toml says for one choice and has no meaning for another."""
+
+
+def override(base: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`base` with `given` in its place, and the names of what `base` said for choices that are others now.
+
+    Those are left out: settings of another method are not this one's, SGD's learning rate is not Adam's.
+    """
+    changed = [name for name in _FOLLOWING if name in given and base.get(name) not in (None, given[name])]
+    left_out = {key for name in changed for key in _FOLLOWING[name] if key not in given and base.get(key)}
+    return {**{key: value for key, value in base.items() if key not in left_out}, **given}, sorted(left_out)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

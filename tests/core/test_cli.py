@@ -231,6 +231,14 @@ def test_what_a_run_follows_from_cannot_be_changed_on_resume(optimize: Optimize)
     assert "--target cannot be changed" in done.err
 
 
+@pytest.mark.parametrize("words", [["--overwrite"], ["--config", "other.toml"], ["--output", "runs/b"]])
+def test_what_a_resumed_run_would_not_heed_is_refused(words: list[str], optimize: Optimize) -> None:
+    assert optimize("prune", "--plugin", "one-shot", "--output", "runs/a").code == 0
+    done = optimize("prune", "--resume", "runs/a", *words)
+    assert done.code == 2
+    assert f"{words[0]} cannot be changed by --resume" in done.err
+
+
 def test_a_run_folder_that_names_code_needs_trust(optimize: Optimize, tmp_path: Path) -> None:
     optimize("prune", "--plugin", "one-shot", "--output", "runs/a")
     path = tmp_path / "runs" / "a" / "run.toml"

@@ -86,6 +86,20 @@ def test_floors_are_a_share_and_at_least_two_of_eight() -> None:
     assert [g.min_kept for g in graph.groups.values()] == [5, 2, 1]
 
 
+def test_kept_counts_are_multiples_of_channels_and_groups_of_fewer_keep_all() -> None:
+    graph = mlp_graph([4, 40, 16, 6, 2]).with_floors(0.05, 16)
+    assert [(g.multiple_of, g.min_kept) for g in graph.groups.values()] == [(16, 16), (16, 16), (16, 6)]
+
+
+def test_of_units_with_several_channels_so_many_stay_that_their_channels_are_a_multiple() -> None:
+    def heads(size: int) -> ChannelGroup:
+        unit_of = np.repeat(np.arange(6), size)
+        return ChannelGroup(f"h{size}", 6, (Slice("w", 0, "writes", unit_of),))
+
+    graph = ChannelGraph([heads(64), heads(8), heads(12)], (), {"w": (384,)}).with_floors(0.05, 32)
+    assert [g.multiple_of for g in graph.groups.values()] == [1, 4, 8]
+
+
 @given(st.integers(1, 20), st.integers(0, 3))
 def test_widening_copies_existing_units_and_keeps_the_old_ones_first(extra: int, seed: int) -> None:
     graph = residual_graph(8, [6])

@@ -14,7 +14,7 @@ from pydantic import Field
 from prunus.core.errors import ConfigError
 from prunus.core.importance import PluginConfig
 from prunus.core.plugin_settings import configure, describe_config, parse_assignments, resolved
-from prunus.core.settings import RunSettings, make_settings, read_settings
+from prunus.core.settings import RunSettings, make_settings, override, read_settings
 from prunus.core.toml_text import to_toml
 
 
@@ -177,3 +177,36 @@ _KEYS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 def test_plain_data_survives_toml(data: dict[str, Any]) -> None:
     expected = {key: value for key, value in data.items() if value != {}}
     assert tomllib.loads(to_toml(data)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [
+        ({}, []),
+        ({"plugin": "one-shot", "lr": 0.2}, []),
+        ({"plugin": "gsm-anneal"}, ["config", "importance", "importance_config"]),
+        ({"plugin": "gsm-anneal", "importance": "taylor"}, ["config", "importance_config"]),
+        ({"importance": "taylor"}, ["importance_config"]),
+        ({"opt": "adamw"}, ["lr", "recovery_base_lr", "weight_decay"]),
+        ({"opt": "adamw", "lr": 0.002}, ["recovery_base_lr", "weight_decay"]),
+        ({"lr": 0.1}, ["recovery_base_lr"]),
+        ({"model": "timm/resnet18", "targets": ["macs=30%"]}, []),
+    ],
+)
+def test_what_a_file_says_for_one_choice_is_not_used_for_another(
+    given: dict[str, object], left_out: list[str]
+) -> None:
+    base = {
+        "plugin": "one-shot",
+        "config": {"scope": "layer"},
+        "importance": "magnitude",
+        "importance_config": {"p": 1.0},
+        "opt": "sgd",
+        "lr": 0.2,
+        "recovery_base_lr": 0.07,
+        "weight_decay": 5e-4,
+        "model": "timm/test_resnet",
+    }
+    values, said = override(base, given)
+    assert said == left_out
+    assert values == {**{key: value for key, value in base.items() if key not in left_out}, **given}
