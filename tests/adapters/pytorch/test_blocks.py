@@ -317,7 +317,7 @@ def test_a_checkpoint_after_a_block_is_gone_restores_model_optimizer_and_graph(t
     assert first.evaluate(Evaluate()) == second.evaluate(Evaluate())
 
 
-@pytest.mark.parametrize("model", ["prunus/resnet20", "timm/test_vit3"])
+@pytest.mark.parametrize("model", ["prunus/resnet14_s2", "timm/test_vit3"])
 def test_depth_on_the_command_line_ends_in_an_artifact_that_another_process_loads(
     tmp_path: Path, model: str
 ) -> None:
