@@ -21,6 +21,9 @@ from prunus.core.directives import (
     Verification,
 )
 
+_ROSE, _BY = 1.4, 0.1
+"""A training went wrong if its loss is so many times that of one before, and so much larger."""
+
 
 @dataclass(slots=True)
 class History:
@@ -32,8 +35,13 @@ class History:
     seconds: float = 0.0
     """Time spent on directives, over all processes that worked on the run."""
     training_macs: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    """What the user should know about how the trainings went."""
+    _least: float | None = None
+    """Smallest training loss since the model last changed."""
 
-    def add(self, index: int, directive: Directive, observation: Observation, seconds: float) -> None:
+    def add(self, index: int, directive: Directive, observation: Observation, seconds: float) -> str | None:
+        """Keep a row; returns what is new in `notes`."""
         self.seconds += seconds
         row: dict[str, Any] = {"index": index, "kind": type(directive).__name__, "seconds": round(seconds, 3)}
         row |= _asked(directive)
@@ -50,6 +58,27 @@ class History:
                 self.verifications.append(observation.verification)
         self.rows.append(row)
         self._write(row)
+        note = self._judged(directive, observation)
+        if note is not None:
+            self.notes.append(note)
+        return note
+
+    def _judged(self, directive: Directive, observation: Observation) -> str | None:
+        """A note if a training lost what one before it had learned; decay and other losses may do so by intent."""
+        if isinstance(observation, Changed):
+            self._least = None
+        if not isinstance(directive, Train) or not isinstance(observation, Trained):
+            return None
+        if directive.decay is not None or directive.distil is not None or directive.within is not None:
+            return None
+        before, now = self._least, observation.loss
+        self._least = now if before is None else min(before, now)
+        if before is None or now < max(_ROSE * before, before + _BY):
+            return None
+        return (
+            f"the training loss rose from {before:.2f} to {now:.2f} ({directive.label}): the learning rate is too "
+            "high for this model, which seldom recovers; lower --lr, or limit the gradients by --clip-grad 2"
+        )
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.file is None:

@@ -138,9 +138,11 @@ class _Following:
             self.folder.write_json("dense.json", {"accuracy": tested.accuracy if tested is not None else None})
 
     def answered(self, index: int, directive: Directive, observation: Observation, seconds: float) -> None:
-        self.history.add(index, directive, observation, seconds)
+        note = self.history.add(index, directive, observation, seconds)
         self.tracking.answered(self.history.rows[-1], directive, observation)
         self.display.answered(index, directive, observation)
+        if note is not None:
+            self.display.notice(note)
 
     def progress(
         self, label: str, done: int, total: int, loss: float | None = None, lr: float | None = None

@@ -182,7 +182,7 @@ def make_report(
         history=history.rows,
         settings=settings.model_dump(mode="json", exclude={"trust"}),
         versions=dict(description.versions),
-        notes=list(description.notes),
+        notes=[*description.notes, *history.notes],
     )
 
 

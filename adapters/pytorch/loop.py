@@ -230,7 +230,9 @@ class _Kept:
             self.dense_accuracy = tested.accuracy if tested is not None else None
 
     def answered(self, index: int, directive: Directive, observation: Observation, seconds: float) -> None:
-        self.history.add(index, directive, observation, seconds)
+        note = self.history.add(index, directive, observation, seconds)
+        if note is not None:
+            self.notice(note)
 
     def progress(
         self, label: str, done: int, total: int, loss: float | None = None, lr: float | None = None

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from prunus.core.directives import Changed, Directive, Distillation, Remove, Train, Trained, Verification
+from prunus.core.history import History
+from prunus.core.plan import ModelSource, PruningPlan
+from prunus.core.testing.graphs import mlp_graph
+
+
+def after(*losses: float, second: Directive | None = None, between: bool = False) -> list[str]:
+    """Notes on trainings that ended with these losses; `second` is what every one but the first is."""
+    history, graph = History(), mlp_graph([4, 8, 2])
+    for k, loss in enumerate(losses):
+        directive = second if second is not None and k else Train(1.0, label=f"piece {k}")
+        said = history.add(2 * k, directive, Trained(loss, 0.5, 1.0, 8), 1.0)
+        assert (said is not None) == (said in history.notes)
+        if between:
+            plan = PruningPlan(model=ModelSource(name="m"))
+            history.add(2 * k + 1, Remove({}), Changed(graph, plan, Verification("exact", 0.0, 1.0)), 1.0)
+    return history.notes
+
+
+def test_a_training_that_lost_what_was_learned_is_named_with_what_helps() -> None:
+    (note,) = after(0.8, 0.61, 0.55, 1.05)
+    assert note.startswith("the training loss rose from 0.55 to 1.05 (piece 3): the learning rate is too high")
+    assert "lower --lr" in note and "--clip-grad 2" in note
+
+
+@pytest.mark.parametrize("losses", [(0.8, 0.61, 0.55, 0.6), (0.003, 0.01, 0.08), (1.0, 1.35), (2.0,)])
+def test_losses_that_fall_or_waver_are_not_remarked_on(losses: tuple[float, ...]) -> None:
+    assert not after(*losses)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        Train(1.0, decay={"h0": np.ones(8)}),
+        Train(1.0, distil=Distillation(("dense",))),
+        Train(1.0, within={"h0": [0, 1]}),
+    ],
+)
+def test_a_loss_that_is_another_or_rises_by_intent_is_not_compared(second: Train) -> None:
+    assert not after(0.5, 1.5, second=second)
+
+
+def test_a_changed_model_is_judged_anew() -> None:
+    assert not after(0.5, 1.5, between=True)
