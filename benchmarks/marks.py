@@ -28,8 +28,8 @@ MARKS: dict[float, dict[str, float]] = {
 }
 """epochs of recovery -> target -> points that were asked for."""
 PRUNING = ("gsm-anneal", "bayes-reparam")
-SEARCH = ("joint-search", "joint-search higher rate", "joint-search fewer blocks")
-NARROW = ("narrow equal MACs",)
+SEARCH = ("joint-search", "joint-search higher rate", "joint-search fewer blocks", "joint-search clipped")
+NARROW = ("narrow equal MACs", "narrow equal MACs clipped")
 L2 = ("TP L2 uniform", "TP L2 uniform low rates")
 
 
@@ -131,6 +131,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "gsm-anneal": ("gsm-anneal",),
     "bayes-reparam": ("bayes-reparam",),
     "joint-search": ("joint-search",),
+    "joint-search, gradients clipped": ("joint-search clipped",),
     "joint-search, three of four blocks gone": ("joint-search fewer blocks",),
     "torch-pruning, L2, uniform, its better rates": L2,
     "torch-pruning, the best of all others": (),

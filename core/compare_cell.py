@@ -142,6 +142,7 @@ def _run_plugin(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     assert report.pruned.accuracy is not None
+    budget = [f"{settings.epochs:g} epochs of the dense network's compute, from scratch"] if scratch else []
     outcome = Outcome(
         accuracy=report.pruned.accuracy,
         holdout=holdout.accuracy,
@@ -149,7 +150,7 @@ def _run_plugin(
         params=report.pruned.params,
         training_macs=_compute(report),
         uses_dense=not scratch,
-        notes=(f"{settings.epochs:g} epochs of the dense network's compute, from scratch",) if scratch else (),
+        notes=(*budget, *(note for note in report.notes if note not in opened[0].describe().notes)),
     )
     return outcome, report.versions
 
