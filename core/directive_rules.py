@@ -114,6 +114,8 @@ class DirectiveRules:
         )
         if directive.ema is not None:
             self._number(directive.ema, "Train.ema", 0.0, 1.0)
+        if directive.clip is not None:
+            self._number(directive.clip, "Train.clip", 1e-9, 1e9)
         self._gates(directive.gates, "gates", 2.0, self.graph.blocks)
         self._gates(directive.decay, "decay", 1e6, {n for n, b in self.graph.blocks.items() if b.of is not None})
         self._keep(directive.within, "within")

@@ -77,6 +77,9 @@ class Train:
     distil: Distillation | None = None
     ema: float | None = None
     """Decay of a moving average of the weights, kept as the snapshot "ema"."""
+    clip: float | None = None
+    """Largest norm of all gradients of a step together, longer ones are shortened; the user's --clip-grad holds as
+    well."""
     label: str = "train"
     """What the progress bar says."""
 

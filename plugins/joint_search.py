@@ -59,6 +59,9 @@ class JointSearchConfig(PluginConfig):
     """Share of the epochs after each extraction but the last, which is trained with all that is left."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of the one cycle over everything; None is the run's."""
+    clip: float = Field(default=2.0, ge=0)
+    """Largest norm of the gradients of a step; 0 is none. Without, a network that the peak rate is too high for
+    loses what it learned and seldom recovers (benchmarks/results/joint_search.md#a-rate-that-is-too-high)."""
     fewer_blocks: float = Field(default=0.0, ge=0, le=1)
     """Share of the residual blocks that go before anything is trained, evenly from all stages, while the target
     asks for it. What they cost is left for wider layers (benchmarks/results/joint_search.md)."""
@@ -237,6 +240,7 @@ def _train_target(
             stop=(k + 1) / pieces,
             gates=weights.gates,
             distil=distil,
+            clip=config.clip or None,
             label="search",
         )
         yield from ledger.train(graph, train)
@@ -268,6 +272,7 @@ def _finish(
             stop=(k + 1) / _FINAL_PIECES,
             distil=taught,
             ema=config.ema if teachers.own else None,
+            clip=config.clip or None,
             label="train",
         )
         yield from ledger.train(graph, train)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -50,6 +50,11 @@ class TrainingSettings:
     """Decay of a moving average of the weights; see `settled_average`."""
     mixing: Mixing = field(default_factory=Mixing)
     schedule: Schedule = field(default_factory=Schedule)
+
+    def clipped(self, norm: float | None) -> TrainingSettings:
+        """These, with gradients no longer than `norm` either."""
+        limits = [limit for limit in (self.clip, norm) if limit is not None]
+        return replace(self, clip=min(limits, default=None))
 
     def make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         """SGD with Nesterov's momentum, AdamW, or one of timm's, over the parameters that train."""

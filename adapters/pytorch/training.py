@@ -125,7 +125,7 @@ class Trainer:
         place = self.processes.place
         torch.manual_seed(seed + place.rank)  # dropout and stochastic depth
         stepper = Stepper(
-            self.settings,
+            self.settings.clipped(job.directive.clip),
             network,
             optimizer,
             self.processes,

@@ -143,6 +143,7 @@ def hears_what_it_is_told(fresh: Fresh, name: str) -> None:
         "decay": replace(plain, decay={group: np.full(graph.units[group], 50.0)}),
         "within": replace(plain, within=keep),
         "distil": replace(plain, distil=Distillation(("kit",), weight=0.9)),
+        "clip": replace(plain, clip=1e-3),
     }.items():
         adapter = fresh()
         adapter.snapshot(Snapshot("kit"))

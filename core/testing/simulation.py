@@ -9,6 +9,7 @@ It lets a method, the run engine or the contract kit run end to end in milliseco
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,8 +231,10 @@ class SimulatedAdapter:
             slope = self._slope(seen[-1], batch.y, batch.x, directive.distil)
             gradients, _ = backward(state.weights, seen, gates, slope)
             self._decay(state, gradients, directive.decay)
+            norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients.values()))
+            shorter = min(1.0, (directive.clip or math.inf) / max(norm, 1e-12))
             for name, gradient in gradients.items():
-                state.weights[name] = state.weights[name] - rate * gradient
+                state.weights[name] = state.weights[name] - rate * shorter * gradient
             if directive.ema is not None:
                 average = {
                     name: directive.ema * average[name] + (1 - directive.ema) * weight
@@ -368,7 +371,7 @@ class SimulatedAdapter:
         whole = self._state
         keep = whole.graph.check_keep(within)
         self._state = self._removed(whole, Remove(within, gates=directive.gates))
-        answer = self.train(Train(directive.epochs, lr=directive.lr, distil=directive.distil))
+        answer = self.train(Train(directive.epochs, lr=directive.lr, distil=directive.distil, clip=directive.clip))
         part, indices = self._state, whole.graph.kept_indices(keep)
         for name, weight in part.weights.items():
             where = [indices.get((name, axis), np.arange(n)) for axis, n in enumerate(whole.weights[name].shape)]

@@ -162,7 +162,8 @@ def test_a_faulty_adapter_is_caught_by_the_right_rule(fault: type[SimulatedAdapt
 
 
 @pytest.mark.parametrize(
-    "field", ["Train.gates", "Train.decay", "Train.within", "Train.distil", "Remove.gates", "Measure.fold"]
+    "field",
+    ["Train.gates", "Train.decay", "Train.within", "Train.distil", "Train.clip", "Remove.gates", "Measure.fold"],
 )
 def test_an_adapter_that_does_not_hear_a_field_is_caught(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Deaf, "deaf_to", field)

@@ -66,6 +66,7 @@ BROKEN: dict[str, tuple[PruningPolicy, str]] = {
     "survival above one": (_policy(Remove({}, survival={"h0": np.full(24, 1.5)})), "lie in 0..1"),
     "negative epochs": (_policy(Train(epochs=-1)), "Train.epochs lies in"),
     "NaN learning rate": (_policy(Train(epochs=1, lr=float("nan"))), "Train.lr lies in"),
+    "no gradient at all": (_policy(Train(epochs=1, clip=0.0)), "Train.clip lies in"),
     "test split": (_policy(Evaluate(split="test")), "a split is one of"),  # type: ignore[arg-type]
     "empty fold": (_policy(Measure(frozenset({Signal.WEIGHT}), fold=(2, 2))), "0 <= k < n"),
     "no such teacher": (_policy(Evaluate(model="stranger")), "a model is one of"),

@@ -85,6 +85,11 @@ def test_pieces_share_one_cycle_that_falls_only_at_the_end() -> None:
     assert all(t.warmup == 0 for t in trains[4:])
 
 
+def test_gradients_are_limited_in_every_training_unless_the_user_says_none() -> None:
+    assert {t.clip for t in run("macs=30%", epochs=6.0).of(Train)} == {2.0}
+    assert {t.clip for t in run("macs=30%", epochs=6.0, clip=0).of(Train)} == {None}
+
+
 def test_a_teacher_that_does_not_beat_the_student_is_silent() -> None:
     transcript = run("macs=30%", epochs=30.0, teachers="auto")
     judged = [n.values for n in transcript.notes if n.kind == "teachers"]

@@ -284,11 +284,14 @@ def test_a_model_without_parameters_cannot_be_trained() -> None:
         SETTINGS.make_optimizer(nn.Flatten())
 
 
-def test_gradients_are_clipped_to_the_norm_asked_for(data: DataBundle) -> None:
-    settings = TrainingSettings(lr=1.0, momentum=0.0, weight_decay=0.0, clip=1e-3)
+@pytest.mark.parametrize(("by_user", "by_method"), [(1e-3, None), (None, 1e-3), (1e-3, 1.0), (1.0, 1e-3)])
+def test_gradients_are_clipped_to_the_smaller_norm_asked_for(
+    by_user: float | None, by_method: float | None, data: DataBundle
+) -> None:
+    settings = TrainingSettings(lr=1.0, momentum=0.0, weight_decay=0.0, clip=by_user)
     module = student().module
     before = [p.detach().clone() for p in module.parameters()]
-    job = Job(Train(epochs=1e-9, schedule="constant", warmup=0.0), 0, 1.0)
+    job = Job(Train(epochs=1e-9, schedule="constant", warmup=0.0, clip=by_method), 0, 1.0)
     Trainer(settings, data.train, 0).train(module, settings.make_optimizer(module), job)
     moved = [p.detach() - q for p, q in zip(module.parameters(), before, strict=True)]
     assert float(torch.cat([m.flatten() for m in moved]).norm()) == pytest.approx(1e-3, rel=1e-2)
