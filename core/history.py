@@ -73,7 +73,7 @@ class History:
             return None
         before, now = self._least, observation.loss
         self._least = now if before is None else min(before, now)
-        if before is None or now < max(_ROSE * before, before + _BY):
+        if before is None or now < max(_ROSE * before, before + _BY) or self.notes:  # once is enough
             return None
         return (
             f"the training loss rose from {before:.2f} to {now:.2f} ({directive.label}): the learning rate is too "

@@ -145,7 +145,7 @@ class Trainer:
             stepped = stepper.passes(images, labels)
             if not stepped.finite:
                 _put_back(module, buffers)
-                advice = "a smaller --lr" if self.settings.amp == "off" else "a smaller --lr or --no-amp"
+                advice = "a smaller --lr or --clip-grad 2" + ("" if self.settings.amp == "off" else " or --no-amp")
                 raise TrainingError(
                     f"{job.directive.label}: the loss or its gradient is NaN or infinite at step {step + 1} of "
                     f"{total} (learning rate {rate:.3g}); try {advice}",
