@@ -142,7 +142,8 @@ def _run_plugin(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     assert report.pruned.accuracy is not None
-    budget = [f"{settings.epochs:g} epochs of the dense network's compute, from scratch"] if scratch else []
+    spent = [f"{settings.epochs:g} epochs of the dense network's compute, from scratch"] if scratch else []
+    opening = opened[0].describe().notes  # of the machine and the model, not of this cell
     outcome = Outcome(
         accuracy=report.pruned.accuracy,
         holdout=holdout.accuracy,
@@ -150,7 +151,7 @@ def _run_plugin(
         params=report.pruned.params,
         training_macs=_compute(report),
         uses_dense=not scratch,
-        notes=(*budget, *(note for note in report.notes if note not in opened[0].describe().notes)),
+        notes=(*spent, *(note for note in report.notes if note not in opening)),
     )
     return outcome, report.versions
 

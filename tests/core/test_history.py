@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from prunus.core.cli import run
 from prunus.core.directives import Changed, Directive, Distillation, Remove, Train, Trained, Verification
 from prunus.core.history import History
 from prunus.core.plan import ModelSource, PruningPlan
@@ -47,3 +51,46 @@ def test_a_loss_that_is_another_or_rises_by_intent_is_not_compared(second: Train
 
 def test_a_changed_model_is_judged_anew() -> None:
     assert not after(0.5, 1.5, between=True)
+
+
+DIVERGING = """
+import numpy as np
+
+from prunus.core import PruningPolicy
+from prunus.core.allocation import uniform_keep
+from prunus.core.directives import Remove, Train
+
+
+class Diverging(PruningPolicy):
+    def run(self, task):
+        yield Train(task.epochs, lr=0.05)
+        yield Train(task.epochs, lr=20.0, clip=2.0, label="too fast")
+        same = {name: np.ones(group.units) for name, group in task.graph.prunable.items()}
+        return (yield Remove(uniform_keep(task.graph, task.budget, same))).plan
+"""
+PROTOCOL = """
+title = "One"
+adapter = "simulated"
+model = "simulated/small"
+data = "digits"
+targets = ["macs=50%"]
+epochs = [2.0]
+seeds = [0]
+dense = {epochs = 2.0}
+entries = [{name = "fast", plugin = "methods:Diverging"}]
+import_from = "."
+"""
+
+
+def test_a_cell_of_a_comparison_keeps_the_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("methods.py").write_text(DIVERGING)
+    Path("registry.toml").write_text(
+        '[adapters.simulated]\ntarget = "prunus.core.testing.simulated_session:open_session"\n'
+    )
+    Path("p.toml").write_text(PROTOCOL)
+    assert run(["compare", "p.toml", "--output", "out", "--registry", "registry.toml"]) == 0
+    (cell,) = Path("out/cells").glob("*.json")
+    (note,) = json.loads(cell.read_text())["outcome"]["notes"]
+    assert note.startswith("the training loss rose from ") and "(too fast)" in note
