@@ -173,6 +173,8 @@ class Trained:
     macs: float
     """Training MACs spent: 3 x forward per image, teachers' forward passes included."""
     steps: int
+    least: float | None = None
+    """Smallest mean loss of any of its epochs; None if the adapter does not tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from prunus.core.directives import (
 )
 
 _ROSE, _BY = 1.4, 0.1
-"""A training went wrong if its loss is so many times that of one before, and so much larger."""
+"""A training went wrong if its loss is so many times that of an epoch before, and so much larger."""
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class History:
     notes: list[str] = field(default_factory=list)
     """What the user should know about how the trainings went."""
     _least: float | None = None
-    """Smallest training loss since the model last changed."""
+    """Smallest training loss of an epoch since the model last changed."""
 
     def add(self, index: int, directive: Directive, observation: Observation, seconds: float) -> str | None:
         """Keep a row; returns what is new in `notes`."""
@@ -64,16 +64,17 @@ class History:
         return note
 
     def _judged(self, directive: Directive, observation: Observation) -> str | None:
-        """A note if a training lost what one before it had learned; decay and other losses may do so by intent."""
+        """A note if a training lost what was learned before; decay and other losses may do so by intent."""
         if isinstance(observation, Changed):
             self._least = None
         if not isinstance(directive, Train) or not isinstance(observation, Trained):
             return None
         if directive.decay is not None or directive.distil is not None or directive.within is not None:
             return None
-        before, now = self._least, observation.loss
-        self._least = now if before is None else min(before, now)
-        if before is None or now < max(_ROSE * before, before + _BY) or self.notes:  # once is enough
+        now = observation.loss
+        before = min(x for x in (self._least, observation.least, now) if x is not None)
+        self._least = before
+        if now < max(_ROSE * before, before + _BY) or self.notes:  # once is enough
             return None
         return (
             f"the training loss rose from {before:.2f} to {now:.2f} ({directive.label}): the learning rate is too "

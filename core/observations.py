@@ -36,6 +36,7 @@ class _TrainedRecord(_Record):
     accuracy: float | None
     macs: float
     steps: int
+    least: float | None = None
 
 
 class _EvaluatedRecord(_Record):
@@ -224,7 +225,7 @@ def rebuild(record: ObservationRecord, arrays: Arrays) -> Observation:
     if isinstance(record, _NothingRecord):
         return None
     if isinstance(record, _TrainedRecord):
-        return Trained(record.loss, record.accuracy, record.macs, record.steps)
+        return Trained(record.loss, record.accuracy, record.macs, record.steps, record.least)
     if isinstance(record, _EvaluatedRecord):
         return Evaluated(record.loss, record.accuracy, record.samples)
     if isinstance(record, _ChangedRecord):

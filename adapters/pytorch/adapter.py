@@ -35,6 +35,7 @@ from prunus.adapters.pytorch.run_state import (
     restore_optimizer,
     write_state,
 )
+from prunus.adapters.pytorch.schedule import EpochsDone
 from prunus.adapters.pytorch.shrinking_model import UNVERIFIED, Origin, ShrinkingModel
 from prunus.adapters.pytorch.signals import MeasuredSignals, measure
 from prunus.adapters.pytorch.training import Job, Trainer
@@ -101,7 +102,7 @@ class PyTorchAdapter:
         self._averaged: nn.Module | None = None
         self._target: Remembered | None = None
         self._state_changes = 0
-        self._epochs_done = 0
+        self._done = EpochsDone()
 
     @property
     def model(self) -> nn.Module:
@@ -220,7 +221,7 @@ class PyTorchAdapter:
     def trained(self) -> None:
         """The current model has been trained: by `train`, or by the user's own loop."""
         self._averaged = self._target = None
-        self._epochs_done = 0
+        self._done = EpochsDone()
         self._state_changes += 1
 
     def _train(self, directive: Train) -> Trained:
@@ -228,7 +229,7 @@ class PyTorchAdapter:
         if decay is not None:
             if self._averaged is None:
                 self._averaged = copied(self.model)
-            updates = self._epochs_done * self._bundle.train.steps
+            updates = self._done.count * self._bundle.train.steps
             average = WeightAverage(self._averaged, self.model, decay, updates)
         job = Job(
             directive=directive,
@@ -238,7 +239,7 @@ class PyTorchAdapter:
             make_hook=when_gated(self.model, self.shrinking.wiring, directive.gates),
             decay=UnitDecay(self.model, self.shrinking.wiring, directive.decay) if directive.decay else None,
             average=average,
-            first_epoch=self._epochs_done,
+            done=self._done,
             on_epoch_end=self._epoch_ended,
             progress=self._stepped,
             notice=self._notice,
@@ -308,8 +309,8 @@ class PyTorchAdapter:
         remembered = [(name, self._snapshot(name)) for name in names]
         return [Teacher(found.model, name, found.macs) for name, found in remembered]
 
-    def _epoch_ended(self, epochs: int) -> None:
-        self._epochs_done = epochs
+    def _epoch_ended(self, done: EpochsDone) -> None:
+        self._done = done
         if self._watcher is not None:
             self._watcher.boundary()
 
@@ -419,15 +420,8 @@ class PyTorchAdapter:
         if self._averaged is not None:
             models["average"] = Remembered(self._averaged, self.plan, self.forward_macs)
         models |= {f"snapshot-{name}": kept for name, kept in self.snapshots.items() if not kept.foreign}
-        write_state(
-            folder,
-            models,
-            self.shrinking.base_plan,
-            self.model,
-            self.shrinking.optimizer,
-            self._state_changes,
-            self._epochs_done,
-        )
+        plan, optimizer = self.shrinking.base_plan, self.shrinking.optimizer
+        write_state(folder, models, plan, self.model, optimizer, self._state_changes, self._done)
 
     def restore(self, folder: Path) -> None:
         counters = read_counters(folder)
@@ -447,4 +441,4 @@ class PyTorchAdapter:
                 self.snapshots[name.removeprefix("snapshot-")] = saved
         if counters.optimizer is not None:
             restore_optimizer(folder, counters, self.model, self.optimizer)
-        self._state_changes, self._epochs_done = counters.state_changes, counters.epochs_done
+        self._state_changes, self._done = counters.state_changes, counters.done

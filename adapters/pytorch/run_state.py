@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.artifact import apply_plan, read_plan, write_plan
+from prunus.adapters.pytorch.schedule import EpochsDone
 from prunus.adapters.pytorch.weights import load_strictly, read_tensors, untied_state, write_tensors
 from prunus.core.errors import JournalError, LoadError, PlanError
 from prunus.core.files import write_atomically
@@ -31,12 +32,18 @@ class Counters(BaseModel):
     """Directives executed so far that changed the state."""
     epochs_done: int
     """Epochs done of the training that was under way, 0 if none was."""
+    least_loss: float | None = None
+    """Smallest mean loss of one of them."""
     models: dict[str, float]
     """Saved models -> MACs of one forward pass."""
     optimizer: list[dict[str, Any]] | None
     """Settings of each parameter group, and the names of its parameters."""
     scalars: dict[str, dict[str, float | int | bool | None]]
     """parameter -> numbers of its optimizer state that are not tensors."""
+
+    @property
+    def done(self) -> EpochsDone:
+        return EpochsDone(self.epochs_done, self.least_loss)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +71,7 @@ def write_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     state_changes: int,
-    epochs_done: int,
+    done: EpochsDone,
 ) -> None:
     """Write `models`, the plan of the traced model and the optimizer of `model` into the empty `folder`."""
     write_plan(folder, base)
@@ -75,7 +82,8 @@ def write_state(
         write_tensors(folder / _OPTIMIZER, tensors)
     counters = Counters(
         state_changes=state_changes,
-        epochs_done=epochs_done,
+        epochs_done=done.count,
+        least_loss=done.least,
         models={name: saved.macs for name, saved in models.items()},
         optimizer=groups,
         scalars=scalars,

@@ -27,6 +27,18 @@ class Epoch:
     steps: int
 
 
+@dataclass(frozen=True, slots=True)
+class EpochsDone:
+    """How far a training is: what a resume goes on from."""
+
+    count: int = 0
+    least: float | None = None
+    """Smallest mean loss of one of them."""
+
+    def and_one(self, loss: float) -> EpochsDone:
+        return EpochsDone(self.count + 1, loss if self.least is None else min(self.least, loss))
+
+
 def total_steps(epochs: float, steps_per_epoch: int) -> int:
     """Whole steps nearest to `epochs`, at least one if any training is asked for."""
     return max(round(epochs * steps_per_epoch), 1) if epochs > 0 else 0

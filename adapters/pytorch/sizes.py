@@ -87,6 +87,10 @@ def _recurrent(module: Any, edits: Edits) -> None:
     module._init_flat_weights()
 
 
+def _recurrent_cell(module: Any, edits: Edits) -> None:
+    module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
+
+
 def _embedding(module: Any, edits: Edits) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
@@ -120,6 +124,7 @@ _FOLLOWERS: tuple[tuple[type[nn.Module], Callable[[Any, Edits], None]], ...] = (
     (nn.LayerNorm, _layer_norm),
     (nn.RMSNorm, _layer_norm),
     (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _recurrent_cell),
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
 )

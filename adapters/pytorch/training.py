@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from prunus.adapters.pytorch.distillation import Teacher
 from prunus.adapters.pytorch.optimizers import TrainingSettings, channels_last
 from prunus.adapters.pytorch.processes import ALONE, Processes
 from prunus.adapters.pytorch.progress import Progress
-from prunus.adapters.pytorch.schedule import Epoch, epoch_seed, epochs_of, total_steps
+from prunus.adapters.pytorch.schedule import Epoch, EpochsDone, epoch_seed, epochs_of, total_steps
 from prunus.adapters.pytorch.step import StepHook, Stepper
 from prunus.core.directives import Train, Trained
 from prunus.core.errors import TrainingError
@@ -43,10 +43,10 @@ class Job:
     decay: Callable[[float], None] | None = None
     """Called with the step's learning rate before the optimizer's step."""
     average: WeightAverage | None = None
-    first_epoch: int = 0
-    """Epochs that were done before a resume."""
-    on_epoch_end: Callable[[int], None] | None = None
-    """Called with the number of epochs done, after each but the last, with weights in their usual layout."""
+    done: EpochsDone = field(default_factory=EpochsDone)
+    """Before a resume."""
+    on_epoch_end: Callable[[EpochsDone], None] | None = None
+    """Called after each epoch but the last, with weights in their usual layout."""
     progress: Callable[[Progress], None] | None = None
     notice: Callable[[str], None] = lambda text: None
     """Told what the user should know, in one line."""
@@ -58,6 +58,10 @@ class _Tally:
     right: int = 0
     images: int = 0
     steps: int = 0
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / max(self.steps, 1)
 
 
 class Trainer:
@@ -76,23 +80,25 @@ class Trainer:
         not taken, and buffers are put back to the beginning of its epoch.
         """
         total = total_steps(job.directive.epochs, self.batches.steps)
-        tally = _Tally()
+        tally, done = _Tally(), job.done
         teachers = [teacher.module for teacher in job.teachers]
         with evaluating(module, *teachers), torch.random.fork_rng(), self._network(module, job) as network:
             module.train()
-            for epoch in epochs_of(total, self.batches.steps)[job.first_epoch :]:
+            for epoch in epochs_of(total, self.batches.steps)[done.count :]:
                 with channels_last(module, self.settings.channels_last):
                     tally = self._epoch(module, network, optimizer, job, epoch, total)
+                done = done.and_one(tally.mean_loss)
                 if job.on_epoch_end is not None and epoch.first + epoch.steps < total:
-                    job.on_epoch_end(epoch.number + 1)
+                    job.on_epoch_end(done)
         optimizer.zero_grad(set_to_none=True)  # as large as the weights, and of no more use
         per_image = 3 * job.forward_macs + sum(teacher.macs for teacher in job.teachers)
         images = total * (tally.images // max(tally.steps, 1))
         return Trained(
-            loss=tally.loss / max(tally.steps, 1),
+            loss=tally.mean_loss,
             accuracy=tally.right / tally.images if tally.images else None,
             macs=per_image * images,
             steps=total,
+            least=done.least,
         )
 
     @contextmanager

@@ -32,6 +32,13 @@ def test_a_training_that_lost_what_was_learned_is_named_with_what_helps() -> Non
     assert "lower --lr" in note and "--clip-grad 2" in note
 
 
+def test_a_training_that_lost_what_its_own_epochs_had_learned_is_named() -> None:
+    history = History()
+    said = history.add(0, Train(20.0, label="dense"), Trained(1.05, 0.5, 1.0, 8, least=0.55), 1.0)
+    assert said is not None and said.startswith("the training loss rose from 0.55 to 1.05 (dense)")
+    assert history.add(0, Train(20.0), Trained(0.56, 0.5, 1.0, 8, least=0.55), 1.0) is None
+
+
 @pytest.mark.parametrize("losses", [(0.8, 0.61, 0.55, 0.6), (0.003, 0.01, 0.08), (1.0, 1.35), (2.0,)])
 def test_losses_that_fall_or_waver_are_not_remarked_on(losses: tuple[float, ...]) -> None:
     assert not after(*losses)

@@ -37,7 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = SimulatedAdapter(samples=64, dense_epochs=1)
     journal = Journal.create(folder, "1.0", BELONGS)
     journal.append("Note", "0" * 64, None, 0.0)
-    journal.append("Train", "1" * 64, Trained(0.5, None, 1e9, 7), 1.5)
+    journal.append("Train", "1" * 64, Trained(0.5, None, 1e9, 7, least=0.25), 1.5)
     journal.append("Evaluate", "2" * 64, Evaluated(0.25, 0.875, 64), 0.1)
     reader = RecordingReader(adapter.measure(Measure(frozenset({Signal.WEIGHT, Signal.ACTIVATION_MEAN}))), "p")
     reader.read(Signal.WEIGHT, "fc0.weight")
@@ -52,7 +52,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_was_written_is_read(written: Path) -> None:
     nothing, trained, evaluated, signals, changed = Journal.open(written, "1.0", BELONGS).entries
     assert nothing.observation is None
-    assert trained.observation == Trained(0.5, None, 1e9, 7)
+    assert trained.observation == Trained(0.5, None, 1e9, 7, least=0.25)
     assert evaluated.observation == Evaluated(0.25, 0.875, 64)
     adapter = SimulatedAdapter(samples=64, dense_epochs=1)
     reader = signals.observation

@@ -214,6 +214,37 @@ def recurrent(t: Labelling, s: Step) -> Any:
     return [out, *([None, None, hidden] for _ in states)]
 
 
+CELLS = {"aten.lstm_cell": 4, "aten.gru_cell": 3, "aten.rnn_tanh_cell": 1, "aten.rnn_relu_cell": 1}
+
+
+@rule(*CELLS)
+def recurrent_cell(t: Labelling, s: Step) -> Any:
+    """One step of a recurrence that the model's own loop makes: input and states are (batch, features)."""
+    x, states = s.arguments["input"], s.arguments["hx"]
+    w_input, w_hidden = s.arguments["w_ih"], s.arguments["w_hh"]
+    biases = [b for b in (s.arguments["b_ih"], s.arguments["b_hh"]) if b is not None]
+    states = states if isinstance(states, list | tuple) else [states]
+    labels: Labels = t.of(x)
+    hidden, into = t.of(w_hidden)[1], t.same(s, labels[-1], t.of(w_input)[1])
+    if hidden is not None:
+        gates = np.tile(hidden, CELLS[s.op])
+        for tensor in (w_input, w_hidden, *biases):
+            t.same(s, t.of(tensor)[0], gates)
+    for state in states:
+        t.same(s, t.of(state)[-1], hidden)
+    t.contract(s, "input", len(labels) - 1, into)
+    t.contract(s, "w_hh", 1, hidden)
+    t.role(w_input, 0, hidden, "writes")
+    t.role(w_input, 1, into, "reads")
+    t.role(w_hidden, 1, hidden, "reads")
+    fixed, free = extent_of(x.shape[:-1], labels[:-1])
+    for tensor in (w_input, w_hidden):
+        spans, wide = extent_of(tensor.shape, t.of(tensor))
+        t.macs(s, fixed * spans, [*free, *wide])
+    out = [*labels[:-1], hidden]
+    return [out, out] if len(states) > 1 else out
+
+
 def _directions(hidden: Label, directions: int) -> Label:
     return None if hidden is None else np.tile(hidden, directions)
 

@@ -29,7 +29,7 @@ from prunus.adapters.pytorch.inputs import InputSpec
 from prunus.adapters.pytorch.mixing import Mixing
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.adapters.pytorch.random_state import seeded
-from prunus.adapters.pytorch.schedule import Schedule, learning_rate
+from prunus.adapters.pytorch.schedule import EpochsDone, Schedule, learning_rate
 from prunus.adapters.pytorch.training import Job, Trainer
 from prunus.core.directives import Distillation, Train
 from prunus.core.errors import ConfigError
@@ -200,8 +200,8 @@ def test_a_training_with_the_whole_recipe_continues_from_an_epoch_as_if_never_st
     model, directive = copy.deepcopy(start), Train(3.0)
     optimizer = settings.make_optimizer(model)
 
-    def keep(epochs: int) -> None:
-        if epochs == 1:
+    def keep(done: EpochsDone) -> None:
+        if done.count == 1:
             saved.append((copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())))
 
     job = Job(directive, 0, 1e3, on_epoch_end=keep)
@@ -210,7 +210,7 @@ def test_a_training_with_the_whole_recipe_continues_from_an_epoch_as_if_never_st
     resumed, state = saved[0]
     again = settings.make_optimizer(resumed)
     again.load_state_dict(state)
-    Trainer(settings, data.train, 0).train(resumed, again, Job(directive, 0, 1e3, first_epoch=1))
+    Trainer(settings, data.train, 0).train(resumed, again, Job(directive, 0, 1e3, done=EpochsDone(1)))
     for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
 

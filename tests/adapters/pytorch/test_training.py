@@ -20,6 +20,7 @@ from prunus.adapters.pytorch.evaluation import evaluate
 from prunus.adapters.pytorch.inputs import ImageFacts
 from prunus.adapters.pytorch.optimizers import TrainingSettings, channels_last
 from prunus.adapters.pytorch.progress import Progress
+from prunus.adapters.pytorch.schedule import EpochsDone
 from prunus.adapters.pytorch.training import Job, Trainer
 from prunus.adapters.pytorch.unit_decay import UnitDecay
 from prunus.core.directives import Distillation, Train
@@ -64,21 +65,22 @@ def test_a_training_resumed_at_the_end_of_an_epoch_ends_in_the_same_weights(data
     whole = student("prunus/vgg11_bn_small").module  # its dropout draws random numbers, too
     optimizer = SETTINGS.make_optimizer(whole)
     directive = Train(epochs=1.4, ema=0.9)
-    kept: dict[int, tuple[nn.Module, dict[str, object], nn.Module, int]] = {}
+    kept: dict[EpochsDone, tuple[nn.Module, dict[str, object], nn.Module, int]] = {}
     average = WeightAverage(copy_of := copy.deepcopy(whole), whole, 0.9)
 
-    def keep(epochs: int) -> None:
+    def keep(done: EpochsDone) -> None:
         state = copy.deepcopy(optimizer.state_dict())
-        kept[epochs] = copy.deepcopy(whole), state, copy.deepcopy(copy_of), average.updates
+        kept[done] = copy.deepcopy(whole), state, copy.deepcopy(copy_of), average.updates
 
     trainer = Trainer(SETTINGS, data.train, 3)
     first = trainer.train(whole, optimizer, Job(directive, 1, 1.0, average=average, on_epoch_end=keep))
-    assert sorted(kept) == [1]
-    for epochs, (module, state, averaged, updates) in kept.items():
-        torch.manual_seed(epochs)  # whatever the process drew before must not matter
+    assert [done.count for done in kept] == [1]
+    assert first.least is not None and first.least <= first.loss
+    for done, (module, state, averaged, updates) in kept.items():
+        torch.manual_seed(done.count)  # whatever the process drew before must not matter
         resumed = SETTINGS.make_optimizer(module)
         resumed.load_state_dict(state)
-        job = Job(directive, 1, 1.0, average=WeightAverage(averaged, module, 0.9, updates), first_epoch=epochs)
+        job = Job(directive, 1, 1.0, average=WeightAverage(averaged, module, 0.9, updates), done=done)
         second = Trainer(SETTINGS, data.train, 3).train(module, resumed, job)
         assert equal(weights(whole), weights(module))
         assert equal(weights(copy_of), weights(averaged))

@@ -81,6 +81,20 @@ class Recurrent(nn.Module):
         return self.head(self.cell(self.a(x))[0])
 
 
+class Stepwise(nn.Module):
+    """A recurrence whose loop is the model's own: the first step makes its states, later ones get them."""
+
+    def __init__(self, cell: type[nn.RNNCellBase], **options):
+        super().__init__()
+        self.a, self.cell, self.head = nn.Linear(4, 7), cell(7, 6, **options), nn.Linear(6, 3)
+
+    def forward(self, x):
+        state = None
+        for row in self.a(x).unbind(1):
+            state = self.cell(row, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
 class Bilinear(nn.Module):
     """An outer product of two streams."""
 
@@ -137,6 +151,16 @@ def test_masked_equals_pruned_with_tied_weights(certify):
 def test_masked_equals_pruned_through_stacked_bidirectional_recurrence(cell, certify):
     graph = certify(Recurrent(cell), torch.randn(1, 5, 4)).graph
     assert sorted(g.units for g in graph.prunable.values()) == [6, 7]
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}])
+@pytest.mark.parametrize(("cell", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
+def test_masked_equals_pruned_through_steps_of_recurrence_and_each_step_costs_its_weights(
+    cell, gates, options, certify
+):
+    graph = certify(Stepwise(cell, **options), torch.randn(1, 5, 4)).graph
+    assert sorted(g.units for g in graph.prunable.values()) == [6, 7]
+    assert graph.cost().macs == 5 * 4 * 7 + 5 * gates * 6 * (7 + 6) + 6 * 3
 
 
 @pytest.mark.parametrize("repeated", [False, True])
