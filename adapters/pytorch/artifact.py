@@ -18,6 +18,7 @@ from prunus.adapters.pytorch.branching import replay_branches
 from prunus.adapters.pytorch.catalog import construct
 from prunus.adapters.pytorch.copies import in_eval
 from prunus.adapters.pytorch.handlers import install_handlers
+from prunus.adapters.pytorch.sizes import follow_computed
 from prunus.adapters.pytorch.surgery import reindex
 from prunus.adapters.pytorch.weights import load_strictly, read_tensors, untied_state, write_tensors
 from prunus.core.errors import LoadError, VerificationError
@@ -40,6 +41,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     install_handlers(model, plan.handlers)
     reindex(model, plan.indices())
     apply_edits(model, plan.attributes)
+    follow_computed(model)
     remove_blocks(model, plan.removed_blocks)
     replay_branches(model, plan.branches)
 

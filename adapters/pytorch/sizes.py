@@ -6,12 +6,14 @@ module knows about sizes is not here but in `attributes` and `handlers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from prunus.core.cost import IntArray
 from prunus.core.errors import PlanError
@@ -28,6 +30,30 @@ def follow_tensors(module: nn.Module, edits: Edits) -> None:
             follow(module, edits)
             return
     _by_name(module, edits)
+
+
+def follow_computed(model: nn.Module) -> None:
+    """Sets the sizes of layers whose weight is computed (`torch.nn.utils.parametrize`) and so in no edit.
+
+    To be called when `groups` is what it is to be: a convolution's code sets it like any other attribute.
+    """
+    for module in model.modules():
+        if isinstance(module, _ConvNd | nn.Linear) and is_parametrized(module, "weight"):
+            follow = _channels if isinstance(module, _ConvNd) else _features
+            follow(module, _shape_of_computed(module))
+
+
+@torch.no_grad()
+def _shape_of_computed(module: nn.Module) -> torch.Size:
+    parts = list(module.parametrizations.weight.modules())  # type: ignore[union-attr]
+    modes = [part.training for part in parts]
+    for part in parts:  # in training a spectral norm moves its vectors whenever it computes
+        part.training = False
+    try:
+        return module.weight.shape  # type: ignore[return-value]
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
 
 
 def slots_after(indices: IntArray, per_slot: int) -> int:
@@ -51,11 +77,7 @@ def _convolution(module: Any, edits: Edits) -> None:
     old_shape, indices = edits["weight"]
     if 0 in indices and module.groups > 1:
         module.groups = slots_after(indices[0], old_shape[0] // module.groups)
-    first, second = module.weight.shape[:2]
-    if isinstance(module, _ConvTransposeNd):
-        module.in_channels, module.out_channels = first, second * module.groups
-    else:
-        module.in_channels, module.out_channels = second * module.groups, first
+    _channels(module, module.weight.shape)
     if any(axis > 1 for axis in indices):  # fewer taps, as many positions
         old, module.kernel_size = module.kernel_size, tuple(module.weight.shape[2:])
         module.padding = tuple(
@@ -63,8 +85,21 @@ def _convolution(module: Any, edits: Edits) -> None:
         )
 
 
+def _channels(module: Any, shape: Sequence[int]) -> None:
+    first, second = shape[:2]
+    if isinstance(module, _ConvTransposeNd):
+        module.in_channels, module.out_channels = first, second * module.groups
+    else:
+        module.in_channels, module.out_channels = second * module.groups, first
+
+
 def _linear(module: Any, edits: Edits) -> None:
-    module.out_features, module.in_features = module.weight.shape
+    if "weight" in edits:
+        _features(module, module.weight.shape)
+
+
+def _features(module: Any, shape: Sequence[int]) -> None:
+    module.out_features, module.in_features = shape
 
 
 def _batch_norm(module: Any, edits: Edits) -> None:

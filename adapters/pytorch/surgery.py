@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.adapters.pytorch.attributes import apply_edits
-from prunus.adapters.pytorch.sizes import follow_tensors
+from prunus.adapters.pytorch.sizes import follow_computed, follow_tensors
 from prunus.adapters.pytorch.tracing.capture import forget_derived
 from prunus.core.cost import IntArray
 from prunus.core.errors import PlanError
@@ -117,6 +117,7 @@ def remove(
     graph.check_keep(keep)
     changes = reindex(model, {**graph.kept_indices(keep), **graph.kernel_indices(kernels)})
     apply_edits(model, edits)
+    follow_computed(model)
     forget_derived(model)
     return changes
 
@@ -146,6 +147,7 @@ def grow(
     changes = reindex(model, growth.sources)
     _share_readers(changes, graph, growth, seed, noise)
     apply_edits(model, edits)
+    follow_computed(model)
     forget_derived(model)
     return wider, growth, changes
 

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from prunus.adapters.pytorch.sizes import slots_after
 from prunus.adapters.pytorch.surgery import grow, reindex, remove, why_not_growable
@@ -225,6 +226,30 @@ def test_an_lstm_keeps_running_on_fewer_units() -> None:
     output, _ = lstm(torch.randn(2, 5, 4))
     assert output.shape == (2, 5, 4)
     assert lstm.hidden_size == 2
+
+
+def test_layers_whose_weight_is_computed_know_their_new_sizes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Conv2d(3, 16, 3)),
+        parametrizations.weight_norm(nn.Conv2d(16, 16, 3, groups=16)),
+        parametrizations.weight_norm(nn.ConvTranspose2d(16, 12, 3)),
+        nn.Flatten(),
+        nn.LazyLinear(10),
+    )
+    model(torch.randn(1, 3, 8, 8))
+    parametrizations.spectral_norm(model[4])
+    prepared = prepare(model.train(), torch.randn(1, 3, 8, 8))
+    vectors = {name: value.clone() for name, value in model.named_buffers()}
+    first, second = prepared.graph.prunable
+    keep = {first: np.arange(5), second: np.arange(7)}
+    remove(model, prepared.graph, keep, prepared.bindings.edits(prepared.graph.units, {first: 5, second: 7}))
+    sizes = [(layer.in_channels, layer.out_channels, layer.groups) for layer in model[:3]]
+    assert sizes == [(3, 5, 1), (5, 5, 5), (5, 7, 1)]
+    assert (model[4].in_features, model[4].out_features) == (7 * 36, 10)
+    assert model[4].training and torch.equal(
+        vectors["4.parametrizations.weight.0._u"], dict(model.named_buffers())["4.parametrizations.weight.0._u"]
+    )
 
 
 @pytest.mark.parametrize(
