@@ -12,6 +12,15 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 
+AT_ONCE = 4
+"""Each process of tests takes a gigabyte or two."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A model of the coverage sweep may need all of the memory, so those go one by one, or by --shard."""
+    return 0 if config.option.markexpr == "coverage" else min(os.cpu_count() or 1, AT_ONCE)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("coverage sweep", "pytest -m coverage")
     group.addoption("--shard", metavar="K/N", help="run the K-th of N slices of the sweep")
