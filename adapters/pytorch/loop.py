@@ -93,9 +93,9 @@ class LoopRun:
     def wants(self) -> Train | None:
         """What the method wants of the steps to come: epochs, learning rate, gates, teachers. None when done.
 
-        Gates, decay and a moving average of the method's own are the run's work; `lr`, `clip` and teachers are
-        yours: see `lr` and `distil`. `Train(within=...)`, training inside a smaller network (joint-search),
-        is never seen here: the run carries it out itself, on `train_data`, inside a call of `step`.
+        Gates, decay, limits of gradients and a moving average of the method's own are the run's work; `lr` and
+        teachers are yours: see `lr` and `distil`. `Train(within=...)`, training inside a smaller network
+        (joint-search), is never seen here: the run carries it out itself, on `train_data`, in a call of `step`.
         """
         return self._piece.directive if self._piece is not None else None
 

@@ -1,4 +1,4 @@
-"""Gates and decay inside the steps of a training loop that belongs to the user."""
+"""Gates, decay and limits of gradients inside the steps of a training loop that belongs to the user."""
 
 from __future__ import annotations
 
@@ -23,11 +23,18 @@ class LoopHooks:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, gating: Gating | None, decay: UnitDecay | None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        gating: Gating | None = None,
+        decay: UnitDecay | None = None,
+        clip: float | None = None,
     ) -> None:
+        """`clip`: largest norm of the model's gradients at an update."""
         self.images = 0
         """Images that the model was trained on, forward passes counted."""
         self._model, self._optimizer, self._gating, self._decay = model, optimizer, gating, decay
+        self._clip = clip
         self._on = False
         self._version = 0
         # plain functions: a copy of the model that the user takes meanwhile does not copy the run
@@ -78,6 +85,12 @@ class LoopHooks:
         if not self._on:
             return
         self._take_off()
+        if self._clip is not None:
+            scale = getattr(
+                self._optimizer, "grad_scale", None
+            )  # a scaler leaves the division to fused optimizers
+            limit = self._clip * (1.0 if scale is None else float(scale))
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit)
         if self._decay is not None:
             self._decay(max(float(group["lr"]) for group in self._optimizer.param_groups))
 

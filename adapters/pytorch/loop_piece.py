@@ -28,7 +28,7 @@ class Piece:
         model, wiring = adapter.model, adapter.shrinking.wiring
         gating = Gating(model, wiring, directive.gates) if directive.gates is not None else None
         decay = UnitDecay(model, wiring, directive.decay) if directive.decay else None
-        self.hooks = LoopHooks(model, adapter.optimizer, gating, decay)
+        self.hooks = LoopHooks(model, adapter.optimizer, gating, decay, directive.clip)
         self._teachers = adapter.teachers(directive)
         self._taught = False
         self._losses: deque[float] = deque(maxlen=steps_per_epoch)
