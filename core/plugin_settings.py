@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -38,11 +38,11 @@ def configure(config: type[PluginConfig], plugin: str, values: Mapping[str, Any]
     for key in values:
         if key not in known:
             raise ConfigError(_unknown(plugin, key, known), key=key)
-    chosen = dict(values)
+    chosen = {key: None if _means_none(config, key, value) else value for key, value in values.items()}
     failing = {str(e["loc"][0]) for e in _errors(config, chosen) if e["loc"]}
     for key in failing:
-        if isinstance(chosen.get(key), str):
-            chosen[key] = _typed(chosen[key])
+        if isinstance(text := chosen.get(key), str):
+            chosen[key] = _typed(text)
     try:
         return config.model_validate(chosen)
     except ValidationError as error:
@@ -92,10 +92,15 @@ def _errors(config: type[PluginConfig], values: Mapping[str, Any]) -> Sequence[A
     return ()
 
 
+def _means_none(config: type[PluginConfig], key: str, value: Any) -> bool:
+    """Whether `none` is the absence of this setting: it may be absent, and has no choice of that name."""
+    choices = get_args(config.model_fields[key].annotation)
+    named = any(value in get_args(choice) for choice in choices)
+    return isinstance(value, str) and value.lower() in _ABSENT and type(None) in choices and not named
+
+
 def _typed(text: str) -> Any:
-    """Text that pydantic does not take as it is, read as TOML: lists, tables; `none` is None."""
-    if text.lower() in _ABSENT:
-        return None
+    """Text that pydantic does not take as it is, read as TOML: lists, tables."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):

@@ -35,6 +35,18 @@ def test_text_becomes_what_the_setting_is() -> None:
     assert config == Config(rounds=7, eta=0.5, careful=False, steps=(0.7, 0.35), label="3")
 
 
+class Named(PluginConfig):
+    teacher: str | None = "dense"
+    refit: Literal["none", "all"] | None = "all"
+    title: str = "x"
+
+
+def test_an_absent_text_is_read_back_as_absent_and_a_choice_called_none_is_a_choice() -> None:
+    chosen = configure(Named, "mine", {"teacher": "none", "refit": "none", "title": "none"})
+    assert chosen == Named(teacher=None, refit="none", title="none")
+    assert configure(Named, "mine", tomllib.loads(to_toml(resolved(chosen)))) == chosen
+
+
 @pytest.mark.parametrize(("text", "value"), [("none", None), ("5", 5)])
 def test_an_optional_setting_takes_none(text: str, value: int | None) -> None:
     assert configure(Config, "mine", {"limit": text}).limit == value  # type: ignore[attr-defined]
