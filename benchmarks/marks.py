@@ -28,7 +28,19 @@ MARKS: dict[float, dict[str, float]] = {
 }
 """epochs of recovery -> target -> points that were asked for."""
 PRUNING = ("gsm-anneal", "bayes-reparam")
-SEARCH = ("joint-search", "joint-search higher rate", "joint-search fewer blocks", "joint-search clipped")
+SEARCH = (
+    "joint-search",
+    "joint-search higher rate",
+    "joint-search fewer blocks",
+    "joint-search clipped",
+    "joint-search fewer blocks clipped",
+)
+DEPTHS = {
+    "all blocks": "joint-search",
+    "three of four gone": "joint-search fewer blocks",
+    "the same, gradients limited": "joint-search fewer blocks clipped",
+}
+"""Row of joint_search.md's table -> its entry."""
 NARROW = ("narrow equal MACs", "narrow equal MACs clipped")
 L2 = ("TP L2 uniform", "TP L2 uniform low rates")
 
@@ -93,7 +105,7 @@ def depth_table(results: Results) -> str:
     """joint-search with all blocks and with fewer against the narrow network, wherever it is trained."""
     places = [(epochs, target) for epochs in MARKS if epochs for target in results.targets]
     rows = [["", *(f"{e:g} epochs, {_share(t)}" for e, t in places)], ["---"] * (1 + len(places))]
-    for name, entry in (("all blocks", "joint-search"), ("three of four gone", "joint-search fewer blocks")):
+    for name, entry in DEPTHS.items():
         contest = Contest(name, (entry,), NARROW)
         rows.append([name, *(_margin(results, contest, t, e, float("inf")) for e, t in places)])
     return _markdown(rows)
