@@ -94,9 +94,10 @@ def _errors(config: type[PluginConfig], values: Mapping[str, Any]) -> Sequence[A
 
 def _means_none(config: type[PluginConfig], key: str, value: Any) -> bool:
     """Whether `none` is the absence of this setting: it may be absent, and has no choice of that name."""
+    if not isinstance(value, str) or value.lower() not in _ABSENT:
+        return False
     choices = get_args(config.model_fields[key].annotation)
-    named = any(value in get_args(choice) for choice in choices)
-    return isinstance(value, str) and value.lower() in _ABSENT and type(None) in choices and not named
+    return type(None) in choices and not any(value in get_args(choice) for choice in choices)
 
 
 def _typed(text: str) -> Any:

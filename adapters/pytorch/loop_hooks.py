@@ -86,9 +86,8 @@ class LoopHooks:
             return
         self._take_off()
         if self._clip is not None:
-            scale = getattr(
-                self._optimizer, "grad_scale", None
-            )  # a scaler leaves the division to fused optimizers
+            # a scaler leaves its division to fused optimizers
+            scale = getattr(self._optimizer, "grad_scale", None)
             limit = self._clip * (1.0 if scale is None else float(scale))
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), limit)
         if self._decay is not None:

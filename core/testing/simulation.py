@@ -249,8 +249,9 @@ class SimulatedAdapter:
         if directive.ema is not None:
             self._snapshots["ema"] = _State(average, state.graph, state.plan)
         macs = 3.0 * state.graph.cost().macs * steps * BATCH
-        of_epochs = [float(np.mean(losses[i : i + per_epoch])) for i in range(0, steps, per_epoch)]
-        return Trained(of_epochs[-1], float(np.mean(hits[-per_epoch:])), macs, steps, min(of_epochs))
+        last, accuracy = float(np.mean(losses[-per_epoch:])), float(np.mean(hits[-per_epoch:]))
+        least = min(last, *(float(np.mean(losses[i : i + per_epoch])) for i in range(0, steps, per_epoch)))
+        return Trained(last, accuracy, macs, steps, least)
 
     def evaluate(self, directive: Evaluate) -> Evaluated:
         state = self._state if directive.model is None else self._snapshots[directive.model]
