@@ -16,7 +16,9 @@ class Compiled:
     compiled before in this process are not compiled again.
     """
 
-    def __init__(self, module: nn.Module, notice: Callable[[str], None], backend: str = "inductor") -> None:
+    def __init__(
+        self, module: nn.Module, notice: Callable[[str], None], backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
         """`notice` is told, in one line, if nothing can be compiled here."""
         self._module, self._notice = module, notice
         self._compiled: Any = torch.compile(module, backend=backend, dynamic=False)
@@ -30,9 +32,14 @@ class Compiled:
             if not _is_compilers(error):
                 raise
             self._compiled = None
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            self._notice(f"torch.compile cannot compile this model here and steps aside ({reason})")
+            self._notice(f"torch.compile cannot compile this model here and steps aside ({_reason(error)})")
             return self._module(images)
+
+
+def _reason(error: Exception) -> str:
+    """The first line, and the next where the first announces it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:160]
 
 
 def _is_compilers(error: Exception) -> bool:

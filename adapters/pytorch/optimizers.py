@@ -1,28 +1,25 @@
-"""What training is done with: optimizer, numbers, memory layout."""
+"""What training is done with: optimizer, precision, memory layout."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
+from prunus.adapters.pytorch.mixed_precision import Amp
 from prunus.adapters.pytorch.mixing import Mixing
 from prunus.adapters.pytorch.optimizer_state import carry_state
 from prunus.adapters.pytorch.random_state import seeded
 from prunus.adapters.pytorch.schedule import Schedule
 from prunus.adapters.pytorch.surgery import reindex
 from prunus.core.errors import ConfigError
-
-Amp = Literal["off", "bf16", "fp16", "auto"]
-FIRST_SCALE = 2.0**13
-"""Of losses in float16: large enough for small gradients, and few steps are lost where it is too large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +37,7 @@ class TrainingSettings:
     """Largest norm of all gradients together."""
     device: str = "cpu"
     amp: Amp = "off"
-    """`auto`: bfloat16 where the processor multiplies it natively. `fp16`: float16, with scaled losses."""
+    """Mixed precision in bfloat16, or in float16 with scaled losses."""
     channels_last: bool = True
     accumulate: int = 1
     """Parts in which a batch is computed, one after the other, to save memory."""
@@ -104,27 +101,6 @@ class TrainingSettings:
             for parameter in group["params"]:
                 parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Where the forward pass happens."""
-        kind = torch.device(self.device).type
-        if self.amp == "off" or (self.amp == "auto" and not fast_bfloat16(kind)):
-            return nullcontext()
-        return torch.autocast(kind, dtype=torch.float16 if self.amp == "fp16" else torch.bfloat16)
-
-    def make_scaler(self) -> torch.amp.GradScaler | None:
-        """Keeps small gradients from vanishing in float16; no other format needs it."""
-        kind = torch.device(self.device).type
-        return torch.amp.GradScaler(kind, init_scale=FIRST_SCALE) if self.amp == "fp16" else None
-
-
-def fast_bfloat16(device: str) -> bool:
-    """True where bfloat16 is faster than float32: avx512_bf16 or AMX on a processor, CUDA of 8.0 or later."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device != "cpu":
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @contextmanager

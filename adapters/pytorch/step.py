@@ -19,6 +19,7 @@ from prunus.adapters.pytorch.distillation import (
     logits_of,
     teacher_logits,
 )
+from prunus.adapters.pytorch.mixed_precision import autocast, make_scaler
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.adapters.pytorch.processes import Processes
 from prunus.core.directives import Distillation
@@ -70,7 +71,7 @@ class Stepper:
         self._processes, self._hook = processes, hook
         self._teachers, self._distil = teachers, distil if teachers else None
         # a scale of its own for each epoch: a resumed epoch then begins like the first time
-        self._scaler = settings.make_scaler()
+        self._scaler = make_scaler(settings.device, settings.amp)
 
     def passes(self, images: Tensor, labels: Tensor) -> Stepped:
         """Gradients of the mean loss of all processes' images, of the weights without gates; clipped.
@@ -109,7 +110,7 @@ class Stepper:
     def _pass(self, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
         """(loss, logits) of a part of the batch, detached; gradients are added up."""
         images, labels = batch
-        with self._settings.autocast():
+        with autocast(self._settings.device, self._settings.amp):
             answers = teacher_logits(self._teachers, images) if self._distil is not None else None
             with self._processes.norms():
                 output = _answer(self._network, images)

@@ -18,6 +18,7 @@ from prunus.adapters.pytorch.batches import Batch, TrainBatches
 from prunus.adapters.pytorch.comparison import evaluating
 from prunus.adapters.pytorch.compilation import Compiled
 from prunus.adapters.pytorch.distillation import Teacher
+from prunus.adapters.pytorch.mixed_precision import depthwise_in_float32
 from prunus.adapters.pytorch.optimizers import TrainingSettings, channels_last
 from prunus.adapters.pytorch.processes import ALONE, Processes
 from prunus.adapters.pytorch.progress import Progress
@@ -105,6 +106,8 @@ class Trainer:
     def _network(self, module: nn.Module, job: Job) -> Iterator[nn.Module | Compiled]:
         """`module` as it is to be called: shared with the other processes, or compiled."""
         with ExitStack() as stack:
+            if self.settings.amp != "off" and torch.device(self.settings.device).type == "cpu":
+                stack.enter_context(depthwise_in_float32(module))
             with channels_last(module, self.settings.channels_last):  # gradients are exchanged in this layout
                 network = stack.enter_context(self.processes.parallel(module))
             if self.settings.compile and network is not module:

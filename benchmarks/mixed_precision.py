@@ -1,0 +1,90 @@
+"""What mixed precision makes of a training step on a processor, and depthwise convolutions that stay in float32.
+
+    python -m benchmarks.mixed_precision [--models NAME[@PIXELS[xBATCH]] ...] [--steps 20]
+
+Steps of all kinds take turns in rotating order, as in `step_overhead`. A row for a Markdown table: the step in
+float32 in milliseconds of the processor, then the ratios of medians, of autocast to bfloat16 over the whole
+network, and of trainings with `--amp`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from prunus.adapters.pytorch.catalog import build
+from prunus.adapters.pytorch.mixed_precision import autocast, depthwise_in_float32
+
+CLASSES = 10
+KINDS = ("float32", "bfloat16", "--amp")
+MODELS = (
+    "prunus/resnet14_s2@28x128",
+    "timm/resnet18@224x8",
+    "timm/mobilenetv3_small_050@32x128",
+    "timm/mobilenetv3_small_050@224x8",
+    "timm/mobilenetv2_100@224x8",
+    "timm/efficientnet_lite0@224x8",
+    "timm/convnext_atto@224x8",
+)
+
+
+class Steps:
+    """A model with its optimizer, trained in one kind of precision."""
+
+    def __init__(self, name: str, size: int, kind: str) -> None:
+        self.model = build(name, classes=CLASSES, in_chans=3, img_size=size).module.train()
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+        self.kind = kind
+
+    def one(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Seconds of the processor."""
+        started = time.process_time()
+        with ExitStack() as stack:
+            if self.kind == "--amp":
+                stack.enter_context(depthwise_in_float32(self.model))
+            with autocast("cpu", "off" if self.kind == "float32" else "bf16"):
+                output = self.model(images)
+            nn.functional.cross_entropy(output.float(), labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.process_time() - started
+
+
+def measure(name: str, size: int, batch: int, steps: int) -> str:
+    kinds = {kind: Steps(name, size, kind) for kind in KINDS}
+    images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (batch,))
+    taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for i in range(-2, steps):
+        for k in range(len(KINDS)):
+            kind = KINDS[(i + k) % len(KINDS)]
+            seconds = kinds[kind].one(images, labels)
+            if i >= 0:  # the first rounds warm up
+                taken[kind].append(seconds)
+    median = {kind: statistics.median(values) for kind, values in taken.items()}
+    ratios = " | ".join(f"{median[kind] / median['float32']:.2f}" for kind in KINDS[1:])
+    return f"| `{name}` | {size} | {batch} | {1e3 * median['float32']:.0f} | {ratios} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    for text in given.models:
+        name, _, rest = text.partition("@")
+        size, _, batch = rest.partition("x")
+        print(measure(name, int(size or 224), int(batch or 8), given.steps), flush=True)
+
+
+if __name__ == "__main__":
+    main()
