@@ -1,10 +1,10 @@
-"""What mixed precision makes of a training step on a processor, and depthwise convolutions that stay in float32.
+"""What memory layout and mixed precision make of a training step on a processor.
 
     python -m benchmarks.mixed_precision [--models NAME[@PIXELS[xBATCH]] ...] [--steps 20]
 
-Steps of all kinds take turns in rotating order, as in `step_overhead`. A row for a Markdown table: the step in
-float32 in milliseconds of the processor, then the ratios of medians, of autocast to bfloat16 over the whole
-network, and of trainings with `--amp`.
+Steps of all kinds take turns in rotating order, as in `step_overhead`. A row for a Markdown table: the default
+step in milliseconds of the processor, then the ratios of medians: with `--channels-last`, with autocast to
+bfloat16 over the whole network besides, and with `--channels-last --amp`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prunus.adapters.pytorch.catalog import build
 from prunus.adapters.pytorch.mixed_precision import autocast, depthwise_in_float32
 
 CLASSES = 10
-KINDS = ("float32", "bfloat16", "--amp")
+KINDS = ("default", "--channels-last", "all in bfloat16", "--amp")
 MODELS = (
     "prunus/resnet14_s2@28x128",
     "timm/resnet18@224x8",
@@ -30,25 +30,29 @@ MODELS = (
     "timm/mobilenetv2_100@224x8",
     "timm/efficientnet_lite0@224x8",
     "timm/convnext_atto@224x8",
+    "timm/resnet50@96x8",
+    "torchvision/regnet_y_400mf@96x8",
 )
 
 
 class Steps:
-    """A model with its optimizer, trained in one kind of precision."""
+    """A model with its optimizer, trained in one of the kinds."""
 
     def __init__(self, name: str, size: int, kind: str) -> None:
         self.model = build(name, classes=CLASSES, in_chans=3, img_size=size).module.train()
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.layout = torch.contiguous_format if kind == "default" else torch.channels_last
+        self.model.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
         self.kind = kind
 
     def one(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Seconds of the processor."""
+        images = images.contiguous(memory_format=self.layout)
         started = time.process_time()
         with ExitStack() as stack:
             if self.kind == "--amp":
                 stack.enter_context(depthwise_in_float32(self.model))
-            with autocast("cpu", "off" if self.kind == "float32" else "bf16"):
+            with autocast("cpu", "bf16" if self.kind in KINDS[2:] else "off"):
                 output = self.model(images)
             nn.functional.cross_entropy(output.float(), labels).backward()
         self.optimizer.step()
@@ -58,7 +62,7 @@ class Steps:
 
 def measure(name: str, size: int, batch: int, steps: int) -> str:
     kinds = {kind: Steps(name, size, kind) for kind in KINDS}
-    images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, size, size)
     labels = torch.randint(CLASSES, (batch,))
     taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for i in range(-2, steps):
@@ -68,8 +72,8 @@ def measure(name: str, size: int, batch: int, steps: int) -> str:
             if i >= 0:  # the first rounds warm up
                 taken[kind].append(seconds)
     median = {kind: statistics.median(values) for kind, values in taken.items()}
-    ratios = " | ".join(f"{median[kind] / median['float32']:.2f}" for kind in KINDS[1:])
-    return f"| `{name}` | {size} | {batch} | {1e3 * median['float32']:.0f} | {ratios} |"
+    ratios = " | ".join(f"{median[kind] / median['default']:.2f}" for kind in KINDS[1:])
+    return f"| `{name}` | {size} | {batch} | {1e3 * median['default']:.0f} | {ratios} |"
 
 
 def main() -> None:
