@@ -33,18 +33,27 @@ def follow_tensors(module: nn.Module, edits: Edits) -> None:
 
 
 def follow_computed(model: nn.Module) -> None:
-    """Sets the sizes of layers whose weight is computed (`torch.nn.utils.parametrize`) and so in no edit.
+    """Sets the sizes of layers whose weight is computed from others and so in no edit.
 
     To be called when `groups` is what it is to be: a convolution's code sets it like any other attribute.
     """
     for module in model.modules():
-        if isinstance(module, _ConvNd | nn.Linear) and is_parametrized(module, "weight"):
-            follow = _channels if isinstance(module, _ConvNd) else _features
-            follow(module, _shape_of_computed(module))
+        if isinstance(module, _ConvNd | nn.Linear) and "weight" not in module._parameters:
+            shape = _shape_of_computed(module)
+            if shape is not None:
+                (_channels if isinstance(module, _ConvNd) else _features)(module, shape)
+
+
+def _shape_of_computed(module: nn.Module) -> torch.Size | None:
+    """By `torch.nn.utils.parametrize`, or by the hooks that came before it (weight_norm, spectral_norm, prune)."""
+    if is_parametrized(module, "weight"):
+        return _shape_of_parametrized(module)
+    sources = (module._parameters.get(name) for name in ("weight_v", "weight_orig"))
+    return next((source.shape for source in sources if source is not None), None)
 
 
 @torch.no_grad()
-def _shape_of_computed(module: nn.Module) -> torch.Size:
+def _shape_of_parametrized(module: nn.Module) -> torch.Size:
     parts = list(module.parametrizations.weight.modules())  # type: ignore[union-attr]
     modes = [part.training for part in parts]
     for part in parts:  # in training a spectral norm moves its vectors whenever it computes

@@ -252,6 +252,27 @@ def test_layers_whose_weight_is_computed_know_their_new_sizes() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_layers_whose_weight_is_computed_by_hooks_know_their_new_sizes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.weight_norm(nn.Conv2d(3, 16, 3)),
+        nn.utils.weight_norm(nn.Conv2d(16, 16, 3, groups=16)),
+        nn.utils.weight_norm(nn.ConvTranspose2d(16, 12, 3), dim=1),
+        nn.Flatten(),
+        nn.Linear(12 * 36, 10),
+    )
+    nn.utils.spectral_norm(model[4])
+    prepared = prepare(model.eval(), torch.randn(1, 3, 8, 8))
+    first, second = prepared.graph.prunable
+    keep = {first: np.arange(5), second: np.arange(7)}
+    remove(model, prepared.graph, keep, prepared.bindings.edits(prepared.graph.units, {first: 5, second: 7}))
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    sizes = [(layer.in_channels, layer.out_channels, layer.groups) for layer in model[:3]]
+    assert sizes == [(3, 5, 1), (5, 5, 5), (5, 7, 1)]
+    assert (model[4].in_features, model[4].out_features) == (7 * 36, 10)
+
+
 @pytest.mark.parametrize(
     "widths",
     [
