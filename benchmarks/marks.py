@@ -32,7 +32,6 @@ SEARCH = (
     "joint-search",
     "joint-search higher rate",
     "joint-search fewer blocks",
-    "joint-search clipped",
     "joint-search fewer blocks clipped",
 )
 DEPTHS = {
@@ -41,7 +40,7 @@ DEPTHS = {
     "the same, gradients limited": "joint-search fewer blocks clipped",
 }
 """Row of joint_search.md's table -> its entry."""
-NARROW = ("narrow equal MACs", "narrow equal MACs clipped")
+NARROW = ("narrow equal MACs",)
 L2 = ("TP L2 uniform", "TP L2 uniform low rates")
 
 
@@ -143,7 +142,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     "gsm-anneal": ("gsm-anneal",),
     "bayes-reparam": ("bayes-reparam",),
     "joint-search": ("joint-search",),
-    "joint-search, gradients clipped": ("joint-search clipped",),
     "joint-search, three of four blocks gone": ("joint-search fewer blocks",),
     "torch-pruning, L2, uniform, its better rates": L2,
     "torch-pruning, the best of all others": (),
