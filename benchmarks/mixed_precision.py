@@ -10,13 +10,14 @@ bfloat16 over the whole network besides, and with `--channels-last --amp`.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
 
+from benchmarks.turns import medians
 from prunus.adapters.pytorch.catalog import build
 from prunus.adapters.pytorch.mixed_precision import autocast, depthwise_in_float32
 
@@ -61,17 +62,10 @@ class Steps:
 
 
 def measure(name: str, size: int, batch: int, steps: int) -> str:
-    kinds = {kind: Steps(name, size, kind) for kind in KINDS}
     images = torch.randn(batch, 3, size, size)
     labels = torch.randint(CLASSES, (batch,))
-    taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for i in range(-2, steps):
-        for k in range(len(KINDS)):
-            kind = KINDS[(i + k) % len(KINDS)]
-            seconds = kinds[kind].one(images, labels)
-            if i >= 0:  # the first rounds warm up
-                taken[kind].append(seconds)
-    median = {kind: statistics.median(values) for kind, values in taken.items()}
+    step = {kind: partial(Steps(name, size, kind).one, images, labels) for kind in KINDS}
+    median = medians(step, steps)
     ratios = " | ".join(f"{median[kind] / median['default']:.2f}" for kind in KINDS[1:])
     return f"| `{name}` | {size} | {batch} | {1e3 * median['default']:.0f} | {ratios} |"
 

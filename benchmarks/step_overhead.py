@@ -10,15 +10,16 @@ disturb less than wall-clock time.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.rivals.depgraph import DepGraphConfig, Method, make_pruner
+from benchmarks.turns import medians
 from prunus.adapters.pytorch.catalog import build
 from prunus.adapters.pytorch.gating import Gating
 from prunus.adapters.pytorch.tracing import trace_model
@@ -62,16 +63,9 @@ class Stepper:
 
 def measure(name: str, size: int, batch: int, steps: int) -> str:
     kinds = ("plain", "gates", *RIVALS)
-    steppers = {kind: Stepper(name, size, kind) for kind in kinds}
     images, labels = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))
-    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for i in range(-2, steps):
-        for k in range(len(kinds)):
-            kind = kinds[(i + k) % len(kinds)]
-            seconds = steppers[kind].step(images, labels)
-            if i >= 0:  # the first rounds warm up
-                taken[kind].append(seconds)
-    median = {kind: statistics.median(values) for kind, values in taken.items()}
+    step = {kind: partial(Stepper(name, size, kind).step, images, labels) for kind in kinds}
+    median = medians(step, steps)
     ratios = [f"{median[kind] / median['plain']:.2f}" for kind in kinds[1:]]
     return f"| `{name}` | {size} | {batch} | {1e3 * median['plain']:.0f} | {' | '.join(ratios)} |"
 

@@ -42,7 +42,7 @@ def depthwise_in_float32(model: nn.Module) -> Iterator[None]:
             if isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels:
                 changed.append((module, vars(module).get("forward")))
                 # of the instance, not a mode of the thread: what is computed again in a backward pass is met too
-                module.forward = partial(_in_float32, module.forward)
+                module.forward = partial(_outside_autocast, module.forward, next(module.parameters()).dtype)
         yield
     finally:
         for module, own in changed:
@@ -51,6 +51,11 @@ def depthwise_in_float32(model: nn.Module) -> Iterator[None]:
                 module.forward = own
 
 
-def _in_float32(forward: Callable[..., Tensor], images: Tensor, *others: Any) -> Tensor:
+def _outside_autocast(forward: Callable[..., Tensor], dtype: torch.dtype, *given: Any, **named: Any) -> Tensor:
+    """`dtype`: of the weights, which images that come in short numbers have to meet."""
+
+    def met(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) else value
+
     with torch.autocast("cpu", enabled=False):
-        return forward(images.float(), *others)
+        return forward(*map(met, given), **{name: met(value) for name, value in named.items()})

@@ -14,7 +14,6 @@ from prunus.adapters.pytorch.catalog import build
 from prunus.adapters.pytorch.compilation import Compiled
 from prunus.adapters.pytorch.datasets import LoadOptions, load_data, open_data
 from prunus.adapters.pytorch.inputs import ImageFacts
-from prunus.adapters.pytorch.mixed_precision import Amp
 from prunus.adapters.pytorch.optimizers import TrainingSettings
 from prunus.adapters.pytorch.training import Job, Trainer
 from prunus.core.directives import Train
@@ -68,14 +67,13 @@ class Choosy(nn.Module):
 
 
 def test_the_models_own_error_is_not_taken_for_the_compilers() -> None:
-    with pytest.raises(Exception, match="never two"):
+    with pytest.raises(ValueError, match="never two"):
         Compiled(Choosy(), nobody, "aot_eager")(torch.randn(2, 1))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on processors torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_compiled_training_ends_about_where_the_training_does(amp: Amp) -> None:
-    """Kernels that are fused round in another order."""
+def test_a_compiled_training_ends_about_where_the_training_does() -> None:
+    """Kernels that are fused round in another order; depthwise convolutions stay in float32 in both."""
     source = open_data("digits")
     assert source is not None
     image = ImageFacts((8, 8), 0.3, 0.37)
@@ -83,7 +81,7 @@ def test_a_compiled_training_ends_about_where_the_training_does(amp: Amp) -> Non
     data = load_data(source, reader, LoadOptions(batch_size=256))
     losses = []
     for wanted in (False, True):
-        module, settings = small(), TrainingSettings(lr=0.05, amp=amp, compile=wanted)
+        module, settings = small(), TrainingSettings(lr=0.05, amp="bf16", compile=wanted)
         job = Job(Train(epochs=2), 0, 1.0, notice=nobody)
         losses.append(Trainer(settings, data.train, 0).train(module, settings.make_optimizer(module), job).loss)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

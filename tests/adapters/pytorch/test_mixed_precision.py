@@ -65,6 +65,29 @@ def test_what_comes_in_short_numbers_is_met_by_weights_in_float32() -> None:
     assert torch.equal(output, depthwise(answer(dense, images, "bf16").float()))
 
 
+class Called(nn.Module):
+    """Calls its convolution as few models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(6, 6, 3, groups=6)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.convolution(input=images)
+        return output
+
+
+def test_a_convolution_may_be_called_by_keyword() -> None:
+    module, images = Called(), torch.randn(2, 6, 9, 9)
+    assert torch.equal(answer(module, images, "bf16"), module(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_another_length_are_met_in_theirs(dtype: torch.dtype) -> None:
+    module = nn.Conv2d(6, 6, 3, groups=6).to(dtype)
+    assert answer(module, torch.randn(2, 6, 9, 9), "bf16").dtype == dtype
+
+
 def test_a_model_is_afterwards_what_it_was() -> None:
     module, own = nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 6, 3, groups=6)
     forward = own.forward = partial(own.forward)  # type: ignore[method-assign]
@@ -82,8 +105,9 @@ def digits(model: str, side: int) -> tuple[nn.Module, DataBundle]:
 
 
 def train(module: nn.Module, data: DataBundle, amp: Amp) -> None:
-    settings = TrainingSettings(amp=amp)
-    Trainer(settings, data.train, 0).train(module, settings.make_optimizer(module), Job(Train(epochs=1), 0, 1.0))
+    """One step."""
+    settings, job = TrainingSettings(amp=amp), Job(Train(epochs=1e-9), 0, 1.0)
+    Trainer(settings, data.train, 0).train(module, settings.make_optimizer(module), job)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
